@@ -1,0 +1,1 @@
+"""fastffn: small, fast BERT-like encoders. Importing it needs torch alone."""

@@ -1,0 +1,23 @@
+"""Errors that a user can mend: one line that names the thing and the remedy.
+
+The command line prints them without a traceback and leaves with status 2; library callers catch
+them as `ValueError`. Everything else that is raised is a defect of fastffn.
+"""
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line, says what is wrong and how to mend it."""
+
+
+class ExprError(UserError):
+    """A text of the expression language is wrong at one character.
+
+    Attributes:
+        text: the whole text that was parsed.
+        position: index of the offending character in `text` (its length: at the end).
+    """
+
+    def __init__(self, message: str, text: str, position: int):
+        self.text = text
+        self.position = position
+        super().__init__(f"{message} (at character {position + 1})\n  {text}\n  {' ' * position}^")
