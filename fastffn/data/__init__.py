@@ -1,0 +1,1 @@
+"""Text and tasks: what models are distilled, searched and judged on."""
