@@ -106,7 +106,7 @@ _INLINE = (  # markup that surrounds words, and what remains of it
 
 def _prose_blocks(text: str) -> Iterator[str]:
     """Paragraphs and list items of a docstring or topic that read as prose, without markup."""
-    for block in re.split(r"\n\s*\n", text):
+    for block in re.split(r"\n\s*\n", text.strip()):
         item: list[str] = []
         indent = None
         for line in [*block.splitlines(), None]:
