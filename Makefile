@@ -1,0 +1,50 @@
+# Each target alone is enough on a fresh clone: it sets up .venv first and skips what is done.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
+
+.PHONY: install test demo bench lint format clean
+
+install: $(STAMP)
+	@FASTFFN_REQUIRE_BUILD=1 $(BIN)/python csrc/build.py --quiet
+
+# torch comes first and pinned, so that nothing else chooses another one.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) \
+	  else "fastffn needs Python 3.11, 3.12 or 3.13, not %d.%d: make PYTHON=python3.11" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	FASTFFN_REQUIRE_BUILD=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[demo,test,dev]'
+	@touch $@
+
+# One thread per worker: the workers already fill the cores. A test of threads sets their number.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --benchmark-disable $(ARGS)
+
+demo: install
+	$(BIN)/fastffn demo $(ARGS)
+
+bench: install
+	@mkdir -p runs/bench
+	$(BIN)/python -m pytest bench --benchmark-json=runs/bench/latest.json $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: install
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+# Leaves .venv and runs/ alone.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fastffn/_C.*.so fastffn/_build.json
+	find fastffn kernels csrc tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
