@@ -350,11 +350,12 @@ def build(
             raise BuildError(f"csrc is written for Linux and macOS, not for {sys.platform}")
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            made = plan(root, folder, env)
             try:
+                made = plan(root, folder, env)
                 _compile(made, folder, module, quiet)
             except BuildError as error:
-                if made.nvcc is None:
+                has_cuda = any(root.glob("csrc/cuda/*.cu")) and find_nvcc(env)[0]
+                if not has_cuda or isinstance(error, SettingError):
                     raise
                 if required or env.get("FASTFFN_CUDA") == "1":
                     raise BuildError(f"{error}\nFASTFFN_CUDA=0 builds without CUDA") from error
@@ -371,7 +372,7 @@ def build(
         module.unlink(missing_ok=True)
         if required:
             write_record(target, record)
-            raise BuildError(f"{error}\nthe build of csrc failed (see above)") from error
+            raise BuildError(f"csrc was not built: {error}") from error
     write_record(target, record)
     return record
 
