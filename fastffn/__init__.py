@@ -1,1 +1,48 @@
 """fastffn: small, fast BERT-like encoders. Importing it needs torch alone."""
+
+import importlib
+
+from . import functional
+from .errors import ExprError, UserError
+from .expr import Expr, Gene
+
+__version__ = "0.1.0"
+
+# Names that need more than torch, or time to import: found in their module when first asked for.
+_LAZY = {
+    "FFN": "layers",
+    "ElasticFFN": "layers",
+    "EfficientBertConfig": "models",
+    "EfficientBertModel": "models",
+    "EfficientBertForMaskedLM": "models",
+    "EfficientBertForSequenceClassification": "models",
+    "capture": "distill.capture",
+}
+_SUBPACKAGES = (
+    "data",
+    "distill",
+    "evaluate",
+    "expr",
+    "kernels",
+    "layers",
+    "losses",
+    "models",
+    "search",
+)
+
+__all__ = ["Expr", "ExprError", "Gene", "UserError", "functional", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    elif name in _SUBPACKAGES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'fastffn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBPACKAGES})

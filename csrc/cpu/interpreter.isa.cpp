@@ -1,0 +1,256 @@
+// The interpreter of Programs, compiled once per instruction set (FASTFFN_ISA).
+//
+// It walks blocks of a few hundred elements: every register of the block stays in L1, and each
+// instruction is one vectorised loop over the block, so that decoding costs nothing and memory is
+// read and written once however long the program. Operands that are dense in the compute type are
+// used where they lie; the others are widened into a register and narrowed from one. Loops run to a
+// multiple of kLanes; a shorter rest goes through registers whose padding is computed and dropped.
+//
+// Why not generated code: a search meets a new program every few seconds, and a compiler takes
+// seconds for each.
+
+#include "interpreter.h"
+
+#include <omp.h>
+
+#include <cstring>
+
+#include "math.h"
+
+namespace {
+
+using fastffn::Code;
+using fastffn::DType;
+using fastffn::Elementwise;
+using fastffn::Instruction;
+using fastffn::Operand;
+
+constexpr int kLanes = 16;
+constexpr int kMaxRegisters = 256;
+constexpr int64_t kRegisterBytes = 24 * 1024;  // of all registers of a block: half of a small L1
+constexpr int64_t kMaxBlock = 1024;
+constexpr int64_t kSerialElements =
+    16 * 1024;  // below this, waking the other threads costs more than they save
+
+template <class T>
+using Loop = void (*)(T* out, const T* s0, const T* s1, const T* s2, int64_t n);
+
+// One loop per opcode. The operand letters of each slot are those of fastffn/expr/primitives.py.
+#define C(value) static_cast<T>(value)
+#define LOOP(name, v0, v1, v2, formula)                                        \
+  static void name(T* out, const T* s0, const T* s1, const T* s2, int64_t n) { \
+    n &= -kLanes;                                                              \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) {                      \
+      [[maybe_unused]] const T v0 = s0[i];                                     \
+      [[maybe_unused]] const T v1 = s1[i];                                     \
+      [[maybe_unused]] const T v2 = s2[i];                                     \
+      out[i] = formula;                                                        \
+    }                                                                          \
+  }
+template <class T>
+struct Loops {
+#define BINARY(name, y_, ga_, gb_) \
+  LOOP(name##_y, a, b, unused, y_) \
+  LOOP(name##_da, g, a, b, ga_)    \
+  LOOP(name##_db, g, a, b, gb_)
+#define UNARY(name, y_, ga_)              \
+  LOOP(name##_y, a, unused0, unused1, y_) \
+  LOOP(name##_da, g, a, y, ga_)
+#define GATED(name, t_, y_, ga_)          \
+  LOOP(name##_t, a, unused0, unused1, t_) \
+  LOOP(name##_y, a, t, unused, y_)        \
+  LOOP(name##_da, g, a, t, ga_)
+#include "../primitives.def"
+#undef BINARY
+#undef UNARY
+#undef GATED
+
+  // By opcode: four slots a primitive.
+  static constexpr Loop<T> table[] = {
+#define BINARY(name, ...) nullptr, name##_y, name##_da, name##_db,
+#define UNARY(name, ...) nullptr, name##_y, name##_da, nullptr,
+#define GATED(name, ...) name##_t, name##_y, name##_da, nullptr,
+#include "../primitives.def"
+#undef BINARY
+#undef UNARY
+#undef GATED
+  };
+};
+#undef LOOP
+#undef C
+
+template <class T, class S>
+void load_as(T* to, const char* data, int64_t offset, int64_t stride, int64_t n) {
+  const S* from = reinterpret_cast<const S*>(data) + offset;
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(from[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
+  }
+}
+
+template <class T, class S>
+void store_as(const T* from, char* data, int64_t offset, int64_t stride, int64_t n) {
+  S* to = reinterpret_cast<S*>(data) + offset;
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = narrow<S>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
+  }
+}
+
+template <class T>
+void load(T* to, const Operand& from, int64_t offset, int64_t stride, int64_t n) {
+  switch (from.dtype) {
+    case DType::kFloat32:
+      return load_as<T, float>(to, from.data, offset, stride, n);
+    case DType::kFloat64:
+      return load_as<T, double>(to, from.data, offset, stride, n);
+    case DType::kBFloat16:
+      return load_as<T, bfloat16>(to, from.data, offset, stride, n);
+    case DType::kFloat16:
+      return load_as<T, float16>(to, from.data, offset, stride, n);
+  }
+}
+
+template <class T>
+void store(const T* from, const Operand& to, int64_t offset, int64_t stride, int64_t n) {
+  switch (to.dtype) {
+    case DType::kFloat32:
+      return store_as<T, float>(from, to.data, offset, stride, n);
+    case DType::kFloat64:
+      return store_as<T, double>(from, to.data, offset, stride, n);
+    case DType::kBFloat16:
+      return store_as<T, bfloat16>(from, to.data, offset, stride, n);
+    case DType::kFloat16:
+      return store_as<T, float16>(from, to.data, offset, stride, n);
+  }
+}
+
+template <class T>
+constexpr DType kNative = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+
+// How the iteration space falls into blocks: the innermost dimension is cut, the others are counted
+// through.
+struct Blocks {
+  int64_t length;   // elements of a block, a multiple of kLanes
+  int64_t per_row;  // blocks along the innermost dimension
+  int64_t rows;     // product of the other dimensions
+
+  Blocks(const Elementwise& call, int64_t element_bytes) {
+    const int64_t columns = call.size[call.dims - 1];
+    int64_t most = kRegisterBytes / (call.code->registers * element_bytes) & -kLanes;
+    most = most < 4 * kLanes ? 4 * kLanes : most > kMaxBlock ? kMaxBlock : most;
+    per_row = (columns + most - 1) / most;
+    length = per_row == 0 ? kLanes : ((columns + per_row - 1) / per_row + kLanes - 1) & -kLanes;
+    rows = 1;
+    for (int d = 0; d + 1 < call.dims; ++d) rows *= call.size[d];
+  }
+};
+
+// One thread's registers, and the walk of its share of the blocks.
+template <class T>
+class Worker {
+ public:
+  Worker(const Elementwise& call, const Blocks& blocks, T* memory)
+      : call_(call), code_(*call.code), blocks_(blocks), inner_(call.dims - 1) {
+    for (int r = 0; r < code_.registers; ++r) home_[r] = memory + r * blocks.length;
+    for (int k = 0; k < call.count(); ++k) {
+      const Operand& operand = call.operands[k];
+      dense_[k] = operand.dtype == kNative<T> && operand.stride[inner_] == 1;
+    }
+    // An output is computed in place only if its register is its own.
+    for (int k = 0; k < code_.outputs; ++k) {
+      bool own = code_.results[k] >= code_.inputs;
+      for (int other = 0; other < code_.outputs; ++other)
+        own &= other == k || code_.results[other] != code_.results[k];
+      dense_[code_.inputs + k] &= own;
+    }
+  }
+
+  void run(int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t column = block % blocks_.per_row * blocks_.length;
+      const int64_t rest = call_.size[inner_] - column;
+      run_block(block / blocks_.per_row, column, rest < blocks_.length ? rest : blocks_.length);
+    }
+  }
+
+ private:
+  void run_block(int64_t row, int64_t column, int64_t n) {
+    int64_t offset[fastffn::kMaxOperands];
+    for (int k = 0; k < call_.count(); ++k) offset[k] = column * call_.operands[k].stride[inner_];
+    for (int d = inner_ - 1; d >= 0; --d) {
+      const int64_t index = row % call_.size[d];
+      row /= call_.size[d];
+      for (int k = 0; k < call_.count(); ++k) offset[k] += index * call_.operands[k].stride[d];
+    }
+
+    T* reg[kMaxRegisters];
+    std::memcpy(reg, home_, sizeof(T*) * code_.registers);
+    const bool whole = n % kLanes == 0;
+    for (int k = 0; k < code_.inputs; ++k) {
+      const Operand& operand = call_.operands[k];
+      if (whole && dense_[k]) {
+        reg[k] = reinterpret_cast<T*>(operand.data) + offset[k];  // only read
+      } else {
+        load(reg[k], operand, offset[k], operand.stride[inner_], n);
+      }
+    }
+    for (int k = 0; k < code_.outputs; ++k) {
+      const int operand = code_.inputs + k;
+      if (whole && dense_[operand]) {
+        reg[code_.results[k]] =
+            reinterpret_cast<T*>(call_.operands[operand].data) + offset[operand];
+      }
+    }
+    const int64_t padded = (n + kLanes - 1) & -kLanes;
+    for (int i = 0; i < code_.length; ++i) {
+      const Instruction& at = code_.instructions[i];
+      Loops<T>::table[at.opcode](reg[at.target], reg[at.source[0]], reg[at.source[1]],
+                                 reg[at.source[2]], padded);
+    }
+    for (int k = 0; k < code_.outputs; ++k) {
+      const int operand = code_.inputs + k;
+      if (whole && dense_[operand]) continue;
+      const Operand& to = call_.operands[operand];
+      store(reg[code_.results[k]], to, offset[operand], to.stride[inner_], n);
+    }
+  }
+
+  const Elementwise& call_;
+  const Code& code_;
+  const Blocks& blocks_;
+  const int inner_;
+  T* home_[kMaxRegisters];
+  bool dense_[fastffn::kMaxOperands];
+};
+
+template <class T>
+void run(const Elementwise& call) {
+  const Blocks blocks(call, sizeof(T));
+  const int64_t total = blocks.rows * blocks.per_row;
+  const bool serial = blocks.rows * call.size[call.dims - 1] < kSerialElements;
+#pragma omp parallel if (!serial)
+  {
+    const int64_t bytes = call.code->registers * blocks.length * static_cast<int64_t>(sizeof(T));
+    char* raw = static_cast<char*>(__builtin_alloca(bytes + 63));
+    T* memory = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t{63});
+    std::memset(memory, 0, bytes);  // the padding of a short block is computed on something defined
+    Worker<T> worker(call, blocks, memory);
+    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    worker.run(total * thread / threads, total * (thread + 1) / threads);
+  }
+}
+
+}  // namespace
+
+namespace fastffn::FASTFFN_ISA {
+
+void run_elementwise(const Elementwise& call) {
+  call.in_double() ? run<double>(call) : run<float>(call);
+}
+
+}  // namespace fastffn::FASTFFN_ISA
