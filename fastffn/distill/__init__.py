@@ -1,0 +1,1 @@
+"""Distillation: teachers, what is read from them, and training of students."""
