@@ -12,8 +12,8 @@ class Cost:
     Attributes:
         params: trainable numbers, with biases and the LayerNorm of each unit.
         macs: multiply-accumulates of the matrix products per token.
-        values: activations read and written per token, with each segment one pass (times the size of
-            the data type: bytes per token).
+        values: activations read and written per token, with each segment one pass (times the size
+            of the data type: bytes per token).
     """
 
     params: int = 0
@@ -25,7 +25,7 @@ class Cost:
 
 
 def gene_cost(gene: Gene, hidden_size: int) -> Cost:
-    """Cost of the whole stack of `gene` at this hidden size (see `Gene.width` for what is refused)."""
+    """Cost of the whole stack of `gene`; `Gene.width` says what is refused."""
     width, ups = gene.width(hidden_size), 1 + gene.gated
     segments = gene.segments
     params = ups * (hidden_size + 1) * width + (width + 1) * hidden_size + 2 * hidden_size

@@ -1,8 +1,8 @@
 """Expressions on plain Python numbers: enough to tell two of them apart by what they compute.
 
-A search meets the same function in many spellings (mul(a, b) and mul(b, a), relu(relu(x)), a gelu that
-feeds a max with itself). Evaluating on a few fixed samples and hashing the rounded results finds them
-without algebra; it needs neither torch nor a build.
+A search meets the same function in many spellings (mul(a, b) and mul(b, a), relu(relu(x)), a gelu
+that feeds a max with itself). Evaluating on a few fixed samples and hashing the rounded results
+finds them without algebra; it needs neither torch nor a build.
 """
 
 import hashlib
@@ -93,8 +93,8 @@ def expression_fingerprint(expr: Expr) -> str:
 def evaluate_gene(gene, hidden_size: int = 12, rows: int = 4) -> list[float]:
     """One unit of `gene` (without residual and LayerNorm) on fixed rows, with fixed linear maps.
 
-    The hidden size is small but divisible by 1, 2, 3 and 4, so that the ratios of the published space
-    have widths of their own.
+    The hidden size is small but divisible by 1, 2, 3 and 4, so that the ratios of the published
+    space have widths of their own.
     """
     width = gene.width(hidden_size)
     shape = {"up": (width, hidden_size), "gate": (width, hidden_size), "down": (hidden_size, width)}

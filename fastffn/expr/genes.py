@@ -4,16 +4,18 @@
     "1x1/2 down(mul(swish(gate(x)), up(x)))"     gated: two up-projections
     "tanh(linear4_2(gelu(linear4_2(x,wb1)),wb2))"   EfficientBERT's own spelling of the first
 
-`x` is the unit's input, H wide; `up` and `gate` are linear maps H -> I, `down` is linear I -> H, with
-I = floor(ratio * base * H). The rest is elementwise. Around the gene every unit adds the residual:
-y = LayerNorm(x + Dropout(gene(x))).
+`x` is the unit's input, H wide; `up` and `gate` are linear maps H -> I, `down` is linear I -> H,
+with I = floor(ratio * base * H). The rest is elementwise. Around the gene every unit adds the
+residual: y = LayerNorm(x + Dropout(gene(x))).
 
-A gene splits at its linear maps into three elementwise *segments*, which is all that the kernels see:
+A gene splits at its linear maps into three elementwise *segments*, which is all that the kernels
+see:
 
     prologue P(x)  ->  up, gate  ->  middle M(z1, zg, x[:I])  ->  down  ->  epilogue E(z2, x)
 
-Binary operations on unequal widths use the leading columns of the wider operand. Source: EfficientBERT
-(arXiv 2109.07222) and its published code; `up`, `down`, `gate`, the base and the gated form are ours.
+Binary operations on unequal widths use the leading columns of the wider operand. Source:
+EfficientBERT (arXiv 2109.07222) and its published code; `up`, `down`, `gate`, the base and the
+gated form are ours.
 """
 
 import re
@@ -115,8 +117,9 @@ class Gene:
         """Inner width I = floor(ratio * base * hidden_size).
 
         Raises:
-            UserError: if the width would be 0, or if it is wider than `hidden_size` while the function
-                combines x with the inner values (there is no column of x to combine with).
+            UserError: if the width would be 0, or if it is wider than `hidden_size` while the
+                function combines x with the inner values (there is no column of x to combine
+                with).
         """
         width = int(self.ratio * self.base * hidden_size)
         if width < 1:
@@ -143,7 +146,7 @@ class Gene:
         return replace(self, expr=self.expr.canonical())
 
     def fingerprint(self) -> str:
-        """Equal for genes that are equal as functions and in stack, ratio and base; see `Expr.fingerprint`."""
+        """Equal for genes equal in stack, ratio, base and as functions; see `Expr.fingerprint`."""
         from .evaluate import digest, evaluate_gene
 
         return f"{self.stack}x{self.ratio}x{self.base}-{digest(evaluate_gene(self))}"

@@ -32,7 +32,8 @@ class Primitive:
         name: as written in expressions.
         kind: "BINARY", "UNARY" or "GATED".
         code: opcode of the first slot; slot i has opcode `code + i`.
-        formulas: text of each slot's formula, by slot ("t", "", "da", "db"); absent slots are absent.
+        formulas: text of each slot's formula, by slot ("t", "", "da", "db"); absent slots are
+        absent.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Primitive:
         return OPERANDS[self.kind][slot]
 
     def reads(self, slot: str) -> frozenset[str]:
-        """The operand letters that the formula really mentions: the others need not be kept alive."""
+        """The operand letters that the formula mentions: the others need not be kept alive."""
         return frozenset(re.findall(r"\b[gabty]\b", self.formulas[slot]))
 
 

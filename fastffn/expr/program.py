@@ -1,13 +1,15 @@
 """Programs: what the executors run. Lowering, differentiation and register allocation.
 
-A `Program` is a straight list of instructions over registers. The inputs are the first registers; every
-instruction names an opcode (a slot of a primitive, see `primitives`), a destination and three sources.
-`forward_program` lowers an expression; `backward_program` is its reverse-mode derivative, written in the
-same instructions, so no executor knows calculus. Both share equal subexpressions, and the backward
-recomputes what it needs from the inputs: only those are kept between the passes.
+A `Program` is a straight list of instructions over registers. The inputs are the first registers;
+every instruction names an opcode (a slot of a primitive, see `primitives`), a destination and
+three sources. `forward_program` lowers an expression; `backward_program` is its reverse-mode
+derivative, written in the same instructions, so no executor knows calculus. Both share equal
+subexpressions, and the backward recomputes what it needs from the inputs: only those are kept
+between the passes.
 
-Why a list and not the tree: an interpreter walks it without recursion and a generator prints it line by
-line; why three sources: a gradient needs the upstream gradient and up to two values of the forward.
+Why a list and not the tree: an interpreter walks it without recursion and a generator prints it
+line by line; why three sources: a gradient needs the upstream gradient and up to two values of the
+forward.
 """
 
 import struct
@@ -21,7 +23,7 @@ GRADIENT = "grad"  # name of the upstream gradient, the first input of every bac
 
 @dataclass(frozen=True)
 class Instruction:
-    """`register[target] = op(register[sources[0]], ...)`; sources the formula does not read repeat another."""
+    """register[target] = op(register[sources[0]], ...); a source that is not read repeats another."""
 
     op: str
     target: int
@@ -32,8 +34,8 @@ class Instruction:
 class Program:
     """Instructions over `registers` registers, of which the first `len(inputs)` hold the inputs.
 
-    As built, every instruction has a register of its own (single assignment); `allocated` reuses them.
-    An output may be an input's register, and two outputs may share one.
+    As built, every instruction has a register of its own (single assignment); `allocated` reuses
+    them. An output may be an input's register, and two outputs may share one.
     """
 
     inputs: tuple[str, ...]
@@ -73,8 +75,8 @@ class Program:
     def packed(self) -> bytes:
         """The allocated program as csrc/program.h reads it: 16-bit little-endian numbers.
 
-        Header: inputs, outputs, registers, instructions. Then opcode, target and three sources of each
-        instruction, then the register of each output.
+        Header: inputs, outputs, registers, instructions. Then opcode, target and three sources of
+        each instruction, then the register of each output.
         """
         program = self.allocated()
         numbers = [
@@ -150,7 +152,8 @@ def forward_program(expr: Expr) -> Program:
 def backward_program(expr: Expr, wanted: tuple[str, ...] | None = None) -> Program:
     """The gradients of `expr` with respect to the inputs `wanted` (all of them by default).
 
-    Inputs: the upstream gradient, then the inputs of `expr`. Outputs: one gradient per wanted input.
+    Inputs: the upstream gradient, then the inputs of `expr`. Outputs: one gradient per wanted
+    input.
     """
     wanted = expr.inputs if wanted is None else wanted
     builder = _Builder((GRADIENT, *expr.inputs))

@@ -1,8 +1,8 @@
 """Expressions as trees: parse, print, put into canonical order, identify by meaning.
 
-An `Expr` is an input (`x`) or a primitive applied to expressions (`mul(gelu(a), sigmoid(b))`). It is
-immutable and compared by structure, so equal subtrees are common subexpressions wherever an `Expr` is a
-dictionary key. Nothing here computes on tensors: that is `program` and the executors.
+An `Expr` is an input (`x`) or a primitive applied to expressions (`mul(gelu(a), sigmoid(b))`). It
+is immutable and compared by structure, so equal subtrees are common subexpressions wherever an
+`Expr` is a dictionary key. Nothing here computes on tensors: that is `program` and the executors.
 """
 
 import re
@@ -46,8 +46,8 @@ class Expr:
             arity: operand count of each operation; the table of primitives unless given.
 
         Raises:
-            ExprError: unknown operation, wrong number of operands, unbalanced or empty text, or more
-                than `MAX_HEIGHT` levels; the message points at the character.
+            ExprError: unknown operation, wrong number of operands, unbalanced or empty text, or
+                more than `MAX_HEIGHT` levels; the message points at the character.
         """
         if arity is None:
             arity = {name: primitive.arity for name, primitive in primitives().items()}
@@ -90,7 +90,7 @@ class Expr:
         return Expr(self.op, tuple(arg.substitute(leaves) for arg in self.args))
 
     def canonical(self) -> "Expr":
-        """The same function in one order: operands of add, mul, max sorted by their text; max(a, a) is a."""
+        """The same function with the operands of add, mul, max sorted by text; max(a, a) is a."""
         args = tuple(arg.canonical() for arg in self.args)
         if len(args) == 2 and args[0] == args[1] and self.op == "max":
             return args[0]
@@ -101,8 +101,8 @@ class Expr:
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that are equal for expressions equal as functions.
 
-        The inputs keep their names (gelu(a) is not gelu(b)); equality is judged on fixed samples, to six
-        significant digits.
+        The inputs keep their names (gelu(a) is not gelu(b)); equality is judged on fixed samples,
+        to six significant digits.
         """
         from .evaluate import expression_fingerprint
 

@@ -1,1 +1,1 @@
-"""The ops, one file each: schema, fake, dispatch to a backend, autograd. `reference` is the oracle."""
+"""The ops, one file each: schema, fake, dispatch, autograd. `reference` is the oracle."""

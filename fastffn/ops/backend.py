@@ -1,8 +1,9 @@
 """Who serves which call, and why not another.
 
-Three backends run the same Programs: `cpp` (csrc, CPU), `triton` (kernels/, CUDA) and `reference` (torch,
-everywhere). A call takes the first that is there and takes its tensors. FASTFFN_BACKEND=reference in the
-environment keeps the other two out, to compare or to rule them out when hunting a defect.
+Three backends run the same Programs: `cpp` (csrc, CPU), `triton` (kernels/, CUDA) and `reference`
+(torch, everywhere). A call takes the first that is there and takes its tensors.
+FASTFFN_BACKEND=reference in the environment keeps the other two out, to compare or to rule them
+out when hunting a defect.
 """
 
 import functools
@@ -30,7 +31,7 @@ def cpp() -> tuple[ModuleType | None, str]:
 
 
 def _why_absent(error: ImportError) -> str:
-    """The build's own word if there is one: an absent extension was either not built or cannot load."""
+    """The build's own word if there is one: an absent extension was not built or cannot load."""
     try:
         record = json.loads(BUILD_RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):

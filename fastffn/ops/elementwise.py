@@ -1,10 +1,10 @@
 """The op `fastffn::elementwise`: an expression over tensors, forward and backward in one pass each.
 
-Shapes broadcast as in torch. The forward keeps its inputs and nothing else; the backward Program recomputes
-what it needs, which costs less than writing and reading intermediates. One op boundary: schema, fake and
-device implementations are registered, and the autograd.Function sits at the op's Autograd key, so that
-opcheck passes and torch.compile takes the op whole. (torch.library.custom_op with register_autograd does the
-same at about twice the overhead per call.)
+Shapes broadcast as in torch. The forward keeps its inputs and nothing else; the backward Program
+recomputes what it needs, which costs less than writing and reading intermediates. One op boundary:
+schema, fake and device implementations are registered, and the autograd.Function sits at the op's
+Autograd key, so that opcheck passes and torch.compile takes the op whole. (torch.library.custom_op
+with register_autograd does the same at about twice the overhead per call.)
 """
 
 import functools
@@ -33,18 +33,18 @@ def elementwise(expr: Expr | str, **inputs: Tensor) -> Tensor:
 
     Args:
         expr: an `Expr` or its text, such as "mul(gelu(a), sigmoid(b))".
-        **inputs: one tensor per input of the expression, float32, float64, bfloat16 or float16, on one device;
-            any strides; shapes broadcast. Different dtypes promote as in torch. bfloat16 and float16 are
-            computed in float32 and rounded once, to nearest even.
+        **inputs: one tensor per input of the expression, float32, float64, bfloat16 or float16, on
+            one device; any strides; shapes broadcast. Different dtypes promote as in torch.
+            bfloat16 and float16 are computed in float32 and rounded once, to nearest even.
 
     Returns:
-        A new tensor of the broadcast shape. It is differentiable once; for gradients of gradients use
-        `fastffn.ops.reference.elementwise`.
+        A new tensor of the broadcast shape. It is differentiable once; for gradients of gradients
+        use `fastffn.ops.reference.elementwise`.
 
     Raises:
         ExprError: the text is no expression.
-        UserError: a tensor is missing, unknown, of another device or no floating-point tensor; shapes that do not
-            broadcast.
+        UserError: a tensor is missing, unknown, of another device or no floating-point tensor;
+            shapes that do not broadcast.
     """
     text, names = _describe(expr)
     if tuple(inputs) != names:
@@ -124,7 +124,7 @@ def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, like: Sequence[Tensor]) -> Tensor:
-    """An output in the memory order of the first tensor of its shape, so that operands are walked alike."""
+    """An output in the memory order of the first tensor of its shape, to be walked like it."""
     for tensor in like:
         if tensor.shape == shape:
             return torch.empty_like(tensor, dtype=dtype)
@@ -186,7 +186,7 @@ def _forward(text: str, inputs: list[Tensor]) -> Tensor:
 
 
 def _gradients_like(grad: Tensor, inputs: list[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    """Where the backward Program writes: each gradient over the whole size, before broadcasting is summed."""
+    """Where the backward writes: each gradient over the whole size, before it is summed."""
     size = grad.shape
     gradients = []
     for tensor, want in zip(inputs, wanted, strict=True):
@@ -219,7 +219,7 @@ def _backward(
             for gradient, tensor in zip(gradients, targets, strict=True)
         ]
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted)]
+        leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted, strict=True)]
         output = reference.elementwise(
             compiled.expr, dict(zip(compiled.expr.inputs, leaves, strict=True))
         )

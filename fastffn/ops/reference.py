@@ -1,7 +1,7 @@
 """Elementwise expressions in plain torch: the oracle of every other executor, and the fallback.
 
-Each primitive is one of torch's own functions, *not* the formula of the table, so that a wrong formula
-is caught. The gradients are torch's autograd through them.
+Each primitive is one of torch's own functions, *not* the formula of the table, so that a wrong
+formula is caught. The gradients are torch's autograd through them.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ PRIMITIVES = {
 
 
 def elementwise(expr: Expr, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The value of `expr` over tensors that broadcast; differentiable, one torch kernel per operation."""
+    """The value of `expr` over tensors that broadcast; differentiable, one kernel an operation."""
     if expr.is_leaf:
         return inputs[expr.name]
     return PRIMITIVES[expr.op](*(elementwise(arg, inputs) for arg in expr.args))
