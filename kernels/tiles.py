@@ -1,0 +1,54 @@
+"""Block sizes and warps by formula: the same shape takes the same kernel on every machine and run.
+
+Autotuning would stall the first call of every new expression and shape. The formulas come from what
+ahead-of-time compilation shows (registers, spills, vector width) and from traffic arithmetic; not
+measured on a GPU.
+"""
+
+from dataclasses import dataclass
+
+WARP = 32
+VECTOR_BYTES = 16  # widest load of one thread
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One block of the grid computes `rows` x `columns` elements with `warps` warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def segment_flat(narrowest: int) -> Tile:
+    """Tile of the elementwise kernel on contiguous tensors; `narrowest`: smallest item, in bytes.
+
+    Every thread loads 16 bytes of the narrowest operand at a time: elementwise kernels live from
+    the bytes in flight, and more elements per thread cost registers, that is, threads.
+    """
+    warps = 4
+    per_thread = max(2, min(8, VECTOR_BYTES // narrowest))
+    return Tile(1, warps * WARP * per_thread, warps)
+
+
+def segment_rows(columns: int, narrowest: int) -> Tile:
+    """Tile of the elementwise kernel on strided rows of `columns` elements.
+
+    Of the power-of-two widths the widest one that computes at most an eighth too many columns
+    (540: 64 wide, 576 computed), else the one that wastes least. Not below a warp, so that a warp
+    reads long runs of memory.
+    """
+    elements = segment_flat(narrowest).columns
+
+    def waste(width: int) -> float:
+        return ceil_div(columns, width) * width / columns - 1
+
+    widths = [width for width in (512, 256, 128, 64, 32) if width <= elements]
+    width = next((width for width in widths if waste(width) <= 1 / 8), None)
+    if width is None:
+        width = min(widths, key=waste)
+    return Tile(elements // width, width, 4)
