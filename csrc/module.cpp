@@ -61,6 +61,9 @@ PYBIND11_MODULE(_C, m) {
     return std::make_unique<Program>(std::string_view(packed));
   }));
   m.def("elementwise", &elementwise, py::arg("program"), py::arg("size"), py::arg("operands"));
+  m.def("function", [](const std::string& name, uintptr_t from, uintptr_t to, int64_t n) {
+    run_function(name, reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to), n);
+  });
   m.def("isa", &active_isa, "Instruction set in use.");
   m.def("available_isas", &runnable_isas,
         "Instruction sets of this build that run here, best first.");

@@ -13,7 +13,7 @@ namespace {
 struct Isa {
   const char* name;
   bool runnable;
-  void (*run)(const Elementwise&);
+  const Variant* variant;
 };
 
 // Best first.
@@ -25,10 +25,10 @@ std::vector<Isa> isas() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
-  found.push_back({"avx512", avx512, avx512::run_elementwise});
-  found.push_back({"avx2", avx2, avx2::run_elementwise});
+  found.push_back({"avx512", avx512, &avx512::variant});
+  found.push_back({"avx2", avx2, &avx2::variant});
 #endif
-  found.push_back({"baseline", true, baseline::run_elementwise});
+  found.push_back({"baseline", true, &baseline::variant});
   return found;
 }
 
@@ -54,7 +54,13 @@ Isa& active() {
 
 }  // namespace
 
-void run_elementwise(const Elementwise& call) { active().run(call); }
+void run_elementwise(const Elementwise& call) { active().variant->elementwise(call); }
+
+void run_function(std::string_view name, const float* from, float* to, int64_t n) {
+  if (!active().variant->function(std::string(name).c_str(), from, to, n)) {
+    throw std::invalid_argument("unknown function " + std::string(name));
+  }
+}
 
 const char* active_isa() { return active().name; }
 

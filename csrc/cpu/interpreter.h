@@ -18,16 +18,24 @@ std::vector<const char*> runnable_isas();
 // Uses the named one from now on; throws std::invalid_argument if it is not runnable here.
 void select_isa(std::string_view name);
 
-// One per instruction set, from interpreter.isa.cpp.
+// Applies one of cpu/math.h's fp32 functions ("exp", "expm1", "tanh", "erf", "sigmoid") to n
+// numbers, for the tests of their accuracy; throws std::invalid_argument for another name.
+void run_function(std::string_view name, const float* from, float* to, int64_t n);
+
+// What one instruction set offers, from interpreter.isa.cpp.
+struct Variant {
+  void (*elementwise)(const Elementwise& call);
+  bool (*function)(const char* name, const float* from, float* to, int64_t n);
+};
 namespace baseline {
-void run_elementwise(const Elementwise& call);
+extern const Variant variant;
 }
 #ifdef FASTFFN_HAVE_X86_ISA
 namespace avx2 {
-void run_elementwise(const Elementwise& call);
+extern const Variant variant;
 }
 namespace avx512 {
-void run_elementwise(const Elementwise& call);
+extern const Variant variant;
 }
 #endif
 

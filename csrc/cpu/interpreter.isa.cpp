@@ -29,8 +29,7 @@ constexpr int kLanes = 16;
 constexpr int kMaxRegisters = 256;
 constexpr int64_t kRegisterBytes = 24 * 1024;  // of all registers of a block: half of a small L1
 constexpr int64_t kMaxBlock = 1024;
-constexpr int64_t kSerialElements =
-    16 * 1024;  // below this, waking the other threads costs more than they save
+constexpr int64_t kSerialElements = 16 * 1024;  // fewer: waking threads costs more than they save
 
 template <class T>
 using Loop = void (*)(T* out, const T* s0, const T* s1, const T* s2, int64_t n);
@@ -245,12 +244,31 @@ void run(const Elementwise& call) {
   }
 }
 
+void elementwise(const Elementwise& call) {
+  call.in_double() ? run<double>(call) : run<float>(call);
+}
+
+template <float (*f)(float)>
+bool apply_all(const float* from, float* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = f(from[i]);
+  return true;
+}
+
+bool function(const char* name, const float* from, float* to, int64_t n) {
+  const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
+  if (is("exp")) return apply_all<exp>(from, to, n);
+  if (is("expm1")) return apply_all<expm1>(from, to, n);
+  if (is("tanh")) return apply_all<tanh>(from, to, n);
+  if (is("erf")) return apply_all<erf>(from, to, n);
+  if (is("sigmoid")) return apply_all<sigmoid>(from, to, n);
+  return false;
+}
+
 }  // namespace
 
 namespace fastffn::FASTFFN_ISA {
 
-void run_elementwise(const Elementwise& call) {
-  call.in_double() ? run<double>(call) : run<float>(call);
-}
+const Variant variant = {elementwise, function};
 
 }  // namespace fastffn::FASTFFN_ISA

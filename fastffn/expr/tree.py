@@ -15,7 +15,7 @@ from .primitives import primitives
 
 MAX_HEIGHT = 32  # deeper than any searched or published gene; bounds the recursion of every pass
 
-_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|(.))", re.DOTALL)
+_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|(\S))")
 _INPUT = "input"
 
 

@@ -1,0 +1,277 @@
+"""The op `elementwise` against torch: values and gradients over layouts, dtypes and ISAs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import EXPRESSIONS, LAYOUTS, assert_accurate, expressions, tensor
+
+from fastffn import Expr, ExprError, UserError
+from fastffn.expr import PRIMITIVES, forward_program
+from fastffn.functional import elementwise
+from fastffn.ops import backend, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CPP = backend.cpp()[0]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that torch.empty returns is full of NaN, so that what an op forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=CPP.available_isas() if CPP else [])
+def isa(request):
+    """Each instruction set of the C++ interpreter in turn."""
+    before = CPP.isa()
+    CPP.select_isa(request.param)
+    yield request.param
+    CPP.select_isa(before)
+
+
+@pytest.fixture(params=(CPP.available_isas() if CPP else []) + ["reference"])
+def served_by(request, monkeypatch):
+    """Each instruction set in turn, and the fallback."""
+    if request.param == "reference":
+        monkeypatch.setattr(backend, "cpp", lambda: (None, "test"))
+        return request.param
+    return request.getfixturevalue("isa_by_name")(request.param)
+
+
+@pytest.fixture
+def isa_by_name():
+    before = CPP.isa()
+    yield CPP.select_isa
+    CPP.select_isa(before)
+
+
+def check(expr, inputs, grad=None):
+    """Value and gradients of `expr` by the oracle rule; tensors whose gradient flows require it."""
+    expr = Expr.parse(expr) if isinstance(expr, str) else expr
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    same = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    out = elementwise(expr, **inputs)
+    out_exact, out_same = (reference.elementwise(expr, x) for x in (exact, same))
+    assert out.dtype == out_same.dtype
+    assert_accurate(out, out_exact, out_same, str(expr))
+    if grad is None:
+        grad = torch.randn(out.shape, dtype=torch.float64, device=out.device).to(out.dtype)
+    names = list(expr.inputs)
+    mine = torch.autograd.grad(out, [inputs[n] for n in names], grad)
+    theirs = torch.autograd.grad(out_same, [same[n] for n in names], grad)
+    truth = torch.autograd.grad(out_exact, [exact[n] for n in names], grad.double())
+    for name, got, want, true in zip(names, mine, theirs, truth, strict=True):
+        assert got.dtype == inputs[name].dtype and got.shape == inputs[name].shape
+        assert_accurate(got, true, want, f"gradient of {name} in {expr}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_every_primitive(name, dtype, served_by):
+    generator = torch.Generator().manual_seed(1)
+    inputs = {n: 3 * tensor((33, 135), dtype, "dense", generator) for n in "ab"}
+    arity = PRIMITIVES[name].arity
+    check(f"{name}({', '.join('ab'[:arity])})", {n: inputs[n] for n in "ab"[:arity]})
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_expressions_layouts_and_shapes(data):
+    expr = data.draw(expressions())
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rows = data.draw(st.sampled_from([0, 1, 2, 7, 40]))
+    columns = data.draw(st.sampled_from([0, 1, 3, 16, 45, 135, 540, 1537]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    inputs = {
+        name: tensor((rows, columns), dtype, data.draw(st.sampled_from(LAYOUTS)), generator)
+        for name in expr.inputs
+    }
+    size = torch.broadcast_shapes(*(x.shape for x in inputs.values()))
+    kind = data.draw(st.sampled_from(["dense", "expanded", "strided"]))
+    grad = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    if kind == "expanded":  # as out.sum().backward() passes it
+        grad = torch.ones((), dtype=dtype).expand(size)
+    elif kind == "strided" and len(size) == 2:
+        grad = torch.stack([grad, grad], dim=-1)[..., 0]
+    check(expr, inputs, grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", EXPRESSIONS)
+@pytest.mark.parametrize("width", [1, 7, 135, 540, 1537])
+def test_benchmark_expressions_at_odd_widths(count, width, dtype, device):
+    generator = torch.Generator().manual_seed(count)
+    expr = Expr.parse(EXPRESSIONS[count])
+    inputs = {n: tensor((50, width), dtype, "dense", generator).to(device) for n in expr.inputs}
+    check(expr, inputs)
+
+
+def test_many_dimensions_and_permuted_memory():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, 6, generator=generator)
+    inputs = {"a": x.permute(2, 0, 3, 1), "b": torch.randn(3, 1, 4, generator=generator)}
+    check("max(swish(a), tanh(b))", inputs)
+    dense_like = elementwise("gelu(a)", a=x.permute(2, 0, 3, 1))
+    assert dense_like.stride() == x.permute(2, 0, 3, 1).stride()
+    nine = torch.randn([2] * 9, generator=generator)
+    check("mul(gelu(a), b)", {"a": nine, "b": nine.permute(*reversed(range(9)))})
+
+
+def test_mixed_dtypes_promote_as_in_torch():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 33, generator=generator)
+    check("mul(gelu(a), b)", {"a": a, "b": torch.randn(33, generator=generator).bfloat16()})
+    check("mul(gelu(a), b)", {"a": a.half(), "b": a.bfloat16()})
+    check("add(a, tanh(b))", {"a": a.double(), "b": a.clone()})
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_nan_and_infinity_propagate_as_in_torch(name, isa):
+    values = torch.tensor(
+        [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 1e30, -1e30]
+    )
+    a, b = (x.reshape(-1).clone() for x in torch.meshgrid(values, values, indexing="ij"))
+    arity = PRIMITIVES[name].arity
+    inputs = {"a": a, "b": b} if arity == 2 else {"a": a}
+    expr = Expr.parse(f"{name}({', '.join(inputs)})")
+    # One number at a time: torch's vector code makes gelu(inf) NaN, its scalar code inf.
+    rows = zip(*inputs.values(), strict=True)
+    want = [reference.elementwise(expr, dict(zip(inputs, row, strict=True))) for row in rows]
+    torch.testing.assert_close(elementwise(expr, **inputs), torch.stack(want), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_splits_ties_and_passes_nan(dtype, served_by):
+    nan = float("nan")
+    a = torch.tensor([1.0, 2.0, 3.0, nan, 1.0, nan], dtype=dtype, requires_grad=True)
+    b = torch.tensor([1.0, 3.0, 2.0, 1.0, nan, nan], dtype=dtype, requires_grad=True)
+    mine = torch.autograd.grad(elementwise("max(a, b)", a=a, b=b), (a, b), torch.ones_like(a))
+    theirs = torch.autograd.grad(torch.maximum(a, b), (a, b), torch.ones_like(a))
+    for got, want in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_relu_stops_infinite_gradients():
+    a = torch.tensor([-1.0, 1.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        elementwise("relu(a)", a=a), a, torch.full((2,), float("inf"))
+    )
+    assert gradient.tolist() == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_storage_formats_are_exact(dtype, isa):
+    """All 65,536 values survive widening; narrowing rounds to nearest even, as torch does."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    same = elementwise("max(a, b)", a=every, b=every)
+    assert same.isnan().equal(every.isnan())
+    real = ~every.isnan()
+    assert same[real].view(torch.int16).equal(every[real].view(torch.int16))
+
+    wide = torch.randn(1 << 18) * torch.randn(1 << 18).mul(8).exp()
+    narrow = torch.zeros(1 << 18, dtype=dtype)
+    program = CPP.Program(forward_program(Expr.parse("max(a, a)")).packed())
+    code = {torch.bfloat16: 2, torch.float16: 3}[dtype]
+    operands = [(wide.data_ptr(), 0, (1,)), (narrow.data_ptr(), code, (1,))]
+    CPP.elementwise(program, (1 << 18,), operands)
+    assert narrow.view(torch.int16).equal(wide.to(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("text", EXPRESSIONS.values())
+def test_gradcheck(text, served_by):
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True)
+    tensors = (a, b) if "b" in Expr.parse(text).inputs else (a,)
+    names = Expr.parse(text).inputs
+    assert torch.autograd.gradcheck(
+        lambda *xs: elementwise(text, **dict(zip(names, xs, strict=True))), tensors
+    )
+
+
+@pytest.mark.parametrize("shapes", [((4, 6), (4, 6)), ((4, 6), (6,)), ((0, 6), (6,))])
+def test_opcheck(shapes):
+    a, b = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    text = EXPRESSIONS[3]
+    checks = torch.library.opcheck(torch.ops.fastffn.elementwise.default, (text, [a, b]))
+    assert set(checks.values()) == {"SUCCESS"} and len(checks) == 4
+    arguments = (text, torch.randn(shapes[0]), [a.detach(), b.detach()], [True, True])
+    checks = torch.library.opcheck(torch.ops.fastffn.elementwise_backward.default, arguments)
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_torch_compile_takes_it_whole(as_text):
+    expr = EXPRESSIONS[3] if as_text else Expr.parse(EXPRESSIONS[3])
+
+    def block(a, b):
+        return elementwise(expr, a=a * 2, b=b) + 1
+
+    a = torch.randn(6, 45, requires_grad=True)
+    b = torch.randn(45, requires_grad=True)
+    compiled = torch.compile(block, fullgraph=True)
+    out = compiled(a, b)
+    torch.testing.assert_close(out, block(a, b))
+    mine = torch.autograd.grad(out.square().sum(), (a, b))
+    theirs = torch.autograd.grad(block(a, b).square().sum(), (a, b))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_second_gradients_are_refused_not_wrong():
+    a = torch.randn(5, requires_grad=True)
+    for loss in (lambda y: y.sum(), lambda y: y.square().sum()):
+        with pytest.raises(RuntimeError, match="gradients of gradients"):
+            torch.autograd.grad(loss(elementwise("tanh(a)", a=a)), a, create_graph=True)
+
+
+def test_only_wanted_gradients_flow():
+    a, b = torch.randn(4, 8, requires_grad=True), torch.randn(8)
+    elementwise("mul(gelu(a), b)", a=a, b=b).sum().backward()
+    assert a.grad.shape == a.shape and b.grad is None
+    with torch.no_grad():
+        assert not elementwise("gelu(a)", a=a).requires_grad
+
+
+@pytest.mark.skipif(CPP is None, reason="csrc is not built")
+def test_results_do_not_depend_on_the_number_of_threads():
+    a, b = torch.randn(300, 541), torch.randn(541)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(elementwise(EXPRESSIONS[7], a=a, b=b))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].equal(results[1]) and results[0].equal(results[2])
+
+
+def test_bad_input_is_named():
+    a = torch.randn(3)
+    with pytest.raises(UserError, match="'b' is missing; its inputs are a, b"):
+        elementwise("mul(a, b)", a=a)
+    with pytest.raises(UserError, match="'c' is no input of it"):
+        elementwise("gelu(a)", a=a, c=a)
+    with pytest.raises(UserError, match=r"a is torch\.int64"):
+        elementwise("gelu(a)", a=a.long())
+    with pytest.raises(UserError, match="do not broadcast"):
+        elementwise("mul(a, b)", a=a, b=torch.randn(4))
+    with pytest.raises(UserError, match="b is on meta"):
+        elementwise("mul(a, b)", a=a, b=a.to("meta"))
+    with pytest.raises(ExprError, match="unknown operation"):
+        elementwise("softplus(a)", a=a)
+
+
+@pytest.mark.skipif(CPP is None, reason="csrc is not built")
+def test_bytes_that_are_no_program_are_refused():
+    good = forward_program(Expr.parse("max(a, b)")).packed()
+    for bad in (b"", good[:-2], good + b"\0\0", b"\xff" * len(good)):
+        with pytest.raises(ValueError, match="program"):
+            CPP.Program(bad)

@@ -1,0 +1,87 @@
+"""Lowering, differentiation and register allocation, on plain numbers: no tensors, no backend."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from oracle import expressions
+
+from fastffn.expr import Expr, backward_program, forward_program
+from fastffn.expr.evaluate import _function, evaluate
+
+POINT = {"a": 0.37, "b": -1.21, "c": 0.84}
+
+
+def run(program, inputs):
+    """The program's outputs; every register that was not written is missing."""
+    register = dict(enumerate(inputs[name] for name in program.inputs))
+    for instruction in program.instructions:
+        count = _function(instruction.op).__code__.co_argcount
+        values = [register[source] for source in instruction.sources][:count]
+        register[instruction.target] = _function(instruction.op)(*values)
+    return [register[output] for output in program.outputs]
+
+
+@given(expressions())
+def test_forward_computes_the_expression(expr):
+    (value,) = run(forward_program(expr), POINT)
+    assert value == pytest.approx(evaluate(expr, POINT), rel=1e-12)
+
+
+@settings(max_examples=200)
+@given(expressions())
+def test_backward_is_the_derivative(expr):
+    gradients = run(backward_program(expr), {"grad": 1.7, **POINT})
+    for name, gradient in zip(expr.inputs, gradients, strict=True):
+        h = 1e-6
+        up, down = ({**POINT, name: POINT[name] + s} for s in (h, -h))
+        slope = 1.7 * (evaluate(expr, up) - evaluate(expr, down)) / (2 * h)
+        middle = evaluate(expr, POINT)
+        bend = abs(evaluate(expr, up) - 2 * middle + evaluate(expr, down)) / h  # a kink nearby
+        assert gradient == pytest.approx(slope, rel=1e-4, abs=1e-6 + 2 * bend)
+
+
+@given(expressions())
+def test_allocation_keeps_inputs_and_meaning(expr):
+    for program in (forward_program(expr), backward_program(expr)):
+        allocated = program.allocated()
+        inputs = {"grad": 0.6, **POINT}
+        assert run(allocated, inputs) == run(program, inputs)
+        assert allocated.registers <= program.registers
+        assert all(i.target >= len(program.inputs) for i in allocated.instructions)
+
+
+def test_registers_are_reused():
+    expr = Expr.parse("relu(" * 20 + "a" + ")" * 20)
+    assert forward_program(expr).allocated().registers == 2
+
+
+def test_common_subexpressions_are_computed_once():
+    expr = Expr.parse("mul(tanh(a), add(tanh(a), b))")
+    assert [i.op for i in forward_program(expr).instructions].count("tanh") == 1
+    assert [i.op for i in backward_program(expr).instructions].count("tanh") == 1
+    gelu = backward_program(Expr.parse("mul(gelu(a), b)"))
+    assert [i.op for i in gelu.instructions].count("gelu.t") == 1  # shared by value and gradient
+
+
+def test_backward_of_some_inputs_computes_no_more():
+    expr = Expr.parse("mul(gelu(a), tanh(b))")
+    program = backward_program(expr, ("b",))
+    assert len(program.outputs) == 1
+    assert "gelu.da" not in [i.op for i in program.instructions]
+    assert run(program, {"grad": 2.0, **POINT}) == [
+        run(backward_program(expr), {"grad": 2.0, **POINT})[1]
+    ]
+
+
+def test_backward_of_an_input_is_the_upstream_gradient():
+    program = backward_program(Expr.parse("a"))
+    assert program.outputs == (0,) and not program.instructions
+    assert math.isclose(run(program, {"grad": 3.0, "a": 1.0})[0], 3.0)
+
+
+def test_packed_layout():
+    packed = forward_program(Expr.parse("add(a, relu(b))")).packed()
+    numbers = memoryview(packed).cast("H").tolist()
+    assert numbers[:4] == [2, 1, 3, 2]  # inputs, outputs, registers, instructions
+    assert len(numbers) == 4 + 2 * 5 + 1
