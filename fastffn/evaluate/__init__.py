@@ -1,0 +1,1 @@
+"""Judges a student beside its teacher: retention, latency, size."""
