@@ -13,12 +13,12 @@ Two forms of the kernel, generated per Program and *layout*, one letter per oper
     flat   every operand is one contiguous block in the same order, or a scalar: a 1-D kernel whose
            loads are 16 bytes wide whatever the width of the rows, since only the last block of all
            is masked.
-    rows   anything else. Letters: m unit column stride, v row vector (row stride 0), c column
-           vector (column stride 0), s scalar, g both strides general. A run-time width or stride
-           would make every load scalar, because the compiler cannot see that it is a multiple of
-           the vector width. So both are passed divided by V, the largest power of two that divides
-           them all, and multiplied by the constant V inside: 540 columns load 4 at a time, 270
-           load 2, 135 load 1.
+    rows   anything else. Letters: m unit column stride (rows, and row vectors of row stride 0),
+           c column vector (column stride 0), s scalar, g both strides general. A run-time width or
+           stride would make every load scalar, because the compiler cannot see that it is a
+           multiple of the vector width. So both are passed divided by V, the largest power of two
+           that divides them all, and multiplied by the constant V inside: 540 columns load 4 at a
+           time, 270 load 2, 135 load 1.
 
 Widths and strides are run-time arguments: a new shape compiles only where its V or tile is new.
 Why not one flat kernel with the row number from a division: with strided rows it gains no wider
@@ -94,7 +94,7 @@ def _strides(tensor: torch.Tensor, rows: int, columns: int, swapped: bool) -> tu
 
 def _kind(row: int, column: int) -> str:
     if column == 1:
-        return "v" if row == 0 else "m"
+        return "m"  # also a row vector: told apart, it would be loaded wider and change its layout
     if column == 0:
         return "s" if row == 0 else "c"
     return "g"
@@ -146,7 +146,7 @@ def plan(
 
     divisors = [stride[0] for kind, stride in zip(kinds, strides, strict=True) if kind == "m"]
     vector = math.gcd(columns, *divisors, tiles.VECTOR_BYTES // narrowest)
-    tile = tiles.segment_rows(columns, narrowest)
+    tile = tiles.segment_rows(columns, vector)
     arguments = []
     for kind, (row, column) in zip(kinds, strides, strict=True):
         arguments += {"m": [row // vector], "c": [row], "g": [row, column]}.get(kind, [])

@@ -115,18 +115,16 @@ def flat_text(program: Program, layout: str, compute: str) -> str:
 
 _ADVANCE = {
     "m": "{0} += row * ({0}_row.to(tl.int64) * V) + column",
-    "v": "{0} += column",
     "c": "{0} += row * {0}_row",
     "g": "{0} += row * {0}_row + column * {0}_column",
 }
 _POINTER = {
     "m": ("{0} + (i * ({0}_row.to(INDEX) * V) + j)", "live"),
-    "v": ("{0} + (i * 0 + j)", "live"),
     "c": ("{0} + i * {0}_row.to(INDEX)", "live_i"),
     "g": ("{0} + (i * {0}_row.to(INDEX) + j * {0}_column.to(INDEX))", "live"),
     "s": ("{0}", ""),
 }
-_STRIDES = {"m": ["row"], "v": [], "c": ["row"], "g": ["row", "column"], "s": []}
+_STRIDES = {"m": ["row"], "c": ["row"], "g": ["row", "column"], "s": []}
 
 
 def rows_text(program: Program, layout: str, compute: str) -> str:

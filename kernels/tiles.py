@@ -8,6 +8,7 @@ measured on a GPU.
 from dataclasses import dataclass
 
 WARP = 32
+_WARPS = 4  # of an elementwise block: small blocks fill the last wave better
 VECTOR_BYTES = 16  # widest load of one thread
 
 
@@ -30,19 +31,17 @@ def segment_flat(narrowest: int) -> Tile:
     Every thread loads 16 bytes of the narrowest operand at a time: elementwise kernels live from
     the bytes in flight, and more elements per thread cost registers, that is, threads.
     """
-    warps = 4
-    per_thread = max(2, min(8, VECTOR_BYTES // narrowest))
-    return Tile(1, warps * WARP * per_thread, warps)
+    return Tile(1, WARP * _WARPS * max(2, min(8, VECTOR_BYTES // narrowest)), _WARPS)
 
 
-def segment_rows(columns: int, narrowest: int) -> Tile:
-    """Tile of the elementwise kernel on strided rows of `columns` elements.
+def segment_rows(columns: int, vector: int) -> Tile:
+    """Tile of the elementwise kernel on strided rows: `columns` elements, `vector` to a load.
 
-    Of the power-of-two widths the widest one that computes at most an eighth too many columns
-    (540: 64 wide, 576 computed), else the one that wastes least. Not below a warp, so that a warp
-    reads long runs of memory.
+    Of the power-of-two widths the widest one that computes at most an eighth too many columns (540:
+    64 wide, 576 computed), else the one that wastes least. Not below a warp, so that a warp reads
+    long runs of memory. A thread has four elements, or one vector where that is more.
     """
-    elements = segment_flat(narrowest).columns
+    elements = WARP * _WARPS * max(4, vector)
 
     def waste(width: int) -> float:
         return ceil_div(columns, width) * width / columns - 1
@@ -51,4 +50,4 @@ def segment_rows(columns: int, narrowest: int) -> Tile:
     width = next((width for width in widths if waste(width) <= 1 / 8), None)
     if width is None:
         width = min(widths, key=waste)
-    return Tile(elements // width, width, 4)
+    return Tile(elements // width, width, _WARPS)

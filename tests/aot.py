@@ -10,6 +10,7 @@ specialisation of the launch.
 
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,25 +51,19 @@ class Compiled:
     cubin: bytes
     shared: int
 
-    def _dump(self, flag: str) -> str:
-        # A file: cuobjdump reads no pipes.
-        import tempfile
-
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.cubin)
-            file.flush()
-            command = [_CUOBJDUMP, flag, file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    @cached_property
-    def registers(self) -> int:
-        """Registers per thread."""
-        return int(re.search(r"\bREG:(\d+)", self._dump("--dump-resource-usage"))[1])
-
     @cached_property
     def sass(self) -> str:
-        """The machine code as text."""
-        return self._dump("-sass")
+        """The machine code as text, after a line with the resources."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:  # cuobjdump reads no pipes
+            file.write(self.cubin)
+            file.flush()
+            command = [_CUOBJDUMP, "--dump-resource-usage", "--dump-sass", file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread."""
+        return int(re.search(r"\bREG:(\d+)", self.sass)[1])
 
     @cached_property
     def instructions(self) -> list[str]:
