@@ -1,5 +1,6 @@
 """The ops as functions: `fastffn.functional.elementwise(...)` and its neighbours."""
 
 from .ops.elementwise import elementwise
+from .ops.relation import relation_kl, relation_loss, split_relation_heads
 
-__all__ = ["elementwise"]
+__all__ = ["elementwise", "relation_kl", "relation_loss", "split_relation_heads"]

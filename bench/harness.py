@@ -1,0 +1,97 @@
+"""How a case is measured: outputs compared first, then all contenders in turn, in one process.
+
+Machines are noisy and drift, so a figure is the ratio of medians over rounds in which every
+contender ran once, in an order that rotates. pytest-benchmark keeps the times of fastffn; the
+rivals' times, the ratios, what the first call cost (compilation) and the conditions stand beside
+them as extra_info, which `python -m bench report` turns into a table.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Work = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+@dataclass
+class Timing:
+    """Seconds of each round, and of the first call."""
+
+    first: float
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def check_outputs(works: Mapping[str, Work], exact: Work, baseline: str = "eager") -> None:
+    """The oracle rule for every contender: at most twice the baseline's error, plus 1e-6 of the
+    size.
+
+    Raises:
+        AssertionError: a contender's output breaks the rule; its times would mean nothing.
+    """
+
+    def tensors(result) -> tuple[Tensor, ...]:
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    truths = tensors(exact())
+    allowed = [
+        2 * (out.double() - true).abs().max() + 1e-6 * true.abs().max()
+        for out, true in zip(tensors(works[baseline]()), truths, strict=True)
+    ]
+    for name, work in works.items():
+        for out, true, bound in zip(tensors(work()), truths, allowed, strict=True):
+            error = (out.double() - true).abs().max()
+            assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def interleave(benchmark, works: Mapping[str, Work], ours: str, seconds: float = 2.0) -> None:
+    """Times all `works` round by round; `works[ours]` through pytest-benchmark.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        works: contenders by name.
+        ours: the one whose ratio to the others is reported (above 1: it is faster).
+        seconds: about how long the rounds together may take.
+    """
+    times = {name: Timing(timed(work), []) for name, work in works.items()}
+    once = sum(min(timed(work) for _ in range(3)) for work in works.values())
+    rounds = max(7, min(200, int(seconds / once)))
+    rivals = [name for name in works if name != ours]
+
+    def run_rivals():
+        rivals.append(rivals.pop(0))
+        for name in rivals:
+            times[name].rounds.append(timed(works[name]))
+
+    def run_ours():
+        works[ours]()
+        synchronize()
+
+    benchmark.pedantic(run_ours, setup=run_rivals, rounds=rounds)
+    times[ours].rounds = list(benchmark.stats.stats.data)
+    benchmark.extra_info.update(
+        median_ms={name: 1e3 * timing.median for name, timing in times.items()},
+        first_call_ms={name: 1e3 * timing.first for name, timing in times.items()},
+        ratio={name: times[name].median / times[ours].median for name in rivals},
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+    )
