@@ -1,0 +1,204 @@
+"""The feed-forward block of a searched encoder: `FFN`, and `FFNUnit`, of which it stacks n.
+
+One unit, for h of shape [..., H] and I intermediate columns:
+
+    x  = prologue(h)                    [..., H]   elementwise
+    z1 = x @ up.weight.T + up.bias      [..., I]   matrix product (zg likewise, with `gate`)
+    a  = middle(z1, zg, h[..., :I])     [..., I]   elementwise
+    z2 = a @ down.weight.T + down.bias  [..., H]   matrix product
+    y  = LayerNorm(h + Dropout(epilogue(z2, h)))
+
+Every unit of a stack has its own weights and the same gene (EfficientBERT, arXiv 2109.07222).
+The elementwise parts run as one Program each; a part that only hands its input on is skipped.
+
+A unit reads the weights of `up`, `gate` and `down` instead of calling these modules, because the
+elastic block needs leading slices of them and kernels need the tensors; forward hooks on the
+three are therefore not called. They stay `nn.Linear` so that initialisers, optimiser groups and
+weight-quantisers recognise them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from ..expr import Expr, Gene
+from ..functional import elementwise
+
+RECOMPUTE = ("none", "activation", "all")
+
+
+def as_gene(gene: Gene | str, base: int = 1) -> Gene:
+    """`gene` itself, or the parsed text; anything else is a UserError."""
+    if isinstance(gene, Gene):
+        return gene
+    if isinstance(gene, str):
+        return Gene.parse(gene, base=base)
+    raise UserError(f"gene: expected a Gene or its text, got {type(gene).__name__}")
+
+
+def check_arguments(hidden_size: int, dropout: float, layer_norm_eps: float, recompute: str):
+    """Raises a UserError that names the first argument out of range."""
+    if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
+        raise UserError(f"hidden_size: expected a positive integer, got {hidden_size!r}")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UserError(f"dropout: expected a probability from 0 to below 1, got {dropout!r}")
+    if not isinstance(layer_norm_eps, int | float) or not layer_norm_eps > 0:
+        raise UserError(f"layer_norm_eps: expected a positive number, got {layer_norm_eps!r}")
+    if recompute not in RECOMPUTE:
+        raise UserError(f"recompute: expected one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+
+
+def check_input(x: Tensor, hidden_size: int) -> None:
+    """Raises a UserError unless the last dimension of x is the block's."""
+    if x.shape[-1] != hidden_size:
+        raise UserError(f"x: expected [..., {hidden_size}], got {list(x.shape)}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An elementwise segment in the form that a forward needs: its text and its inputs' names.
+
+    `text` is None for a bare input, which is handed on without an operation.
+    """
+
+    text: str | None
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(expr: Expr) -> "Segment":
+        return Segment(None if expr.is_leaf else str(expr), tuple(expr.inputs))
+
+    def __call__(self, **tensors: Tensor | None) -> Tensor:
+        if self.text is None:
+            return tensors[self.names[0]]
+        return elementwise(self.text, **{name: tensors[name] for name in self.names})
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """What a unit needs to know of a gene at one hidden size.
+
+    Derived once and not at each forward: it costs time there, and torch.compile cannot trace the
+    cached properties of a gene.
+    """
+
+    width: int
+    gated: bool
+    prologue: Segment
+    middle: Segment
+    epilogue: Segment
+
+    @staticmethod
+    def of(gene: Gene, hidden_size: int) -> "UnitPlan":
+        """Raises a UserError when the gene does not fit the hidden size."""
+        parts = gene.segments
+        segments = map(Segment.of, (parts.prologue, parts.middle, parts.epilogue))
+        return UnitPlan(gene.width(hidden_size), gene.gated, *segments)
+
+
+class FFNUnit(nn.Module):
+    """One unit of the stack: its weights, and its forward at any width up to theirs.
+
+    Parameters: up.weight [I, H], up.bias [I], gate.* (gated only, like up), down.weight [H, I],
+    down.bias [H], norm.weight [H], norm.bias [H].
+    """
+
+    def __init__(self, hidden_size: int, width: int, gated: bool, layer_norm_eps: float):
+        super().__init__()
+        self.up = nn.Linear(hidden_size, width)
+        self.gate = nn.Linear(hidden_size, width) if gated else None
+        self.down = nn.Linear(width, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(
+        self, h: Tensor, plan: UnitPlan, dropout: float = 0.0, recompute: str = "none"
+    ) -> Tensor:
+        """h [..., H] -> [..., H], with the leading `plan.width` intermediate columns.
+
+        dropout is applied in training mode only; recompute as in `FFN`.
+        """
+        if recompute == "all" and torch.is_grad_enabled():
+            return checkpoint(self.compute, h, plan, dropout, use_reentrant=False)
+        return self.compute(h, plan, dropout, recompute)
+
+    def compute(self, h: Tensor, plan: UnitPlan, dropout: float, recompute: str = "none") -> Tensor:
+        x = plan.prologue(x=h)
+        z1 = F.linear(x, self.up.weight[: plan.width], self.up.bias[: plan.width])
+        zg = None
+        if plan.gated:
+            zg = F.linear(x, self.gate.weight[: plan.width], self.gate.bias[: plan.width])
+        if recompute == "activation" and torch.is_grad_enabled():
+            z2 = checkpoint(self.contract, h, z1, zg, plan, use_reentrant=False)
+        else:
+            z2 = self.contract(h, z1, zg, plan)
+        y = plan.epilogue(z2=z2, x=h)
+        return self.norm(h + F.dropout(y, dropout, self.training))
+
+    def contract(self, h: Tensor, z1: Tensor, zg: Tensor | None, plan: UnitPlan) -> Tensor:
+        """Middle segment and second product together: what `activation` recomputes.
+
+        The product belongs inside, since it is what would keep the activation for its weight
+        gradient; its own result is not computed again (recomputation stops at the last tensor
+        that the backward needs).
+        """
+        a = plan.middle(z1=z1, zg=zg, x=h[..., : plan.width])
+        return F.linear(a, self.down.weight[:, : plan.width], self.down.bias)
+
+
+class FFN(nn.Module):
+    """Searched feed-forward block with residual and LayerNorm, stacked `gene.stack` times.
+
+    Args:
+        hidden_size: H, the last dimension of input and output.
+        gene: a `Gene` or its text, e.g. "4x1/2 tanh(down(gelu(up(x))))" (text: base 1).
+        dropout: probability on f(h) before the residual, in training mode.
+        layer_norm_eps: of each unit's LayerNorm.
+        recompute: what backward computes again instead of keeping: "none"; "activation", the
+            middle segment (z1 is kept, the activation is not); "all", the whole unit (only its
+            input is kept). Gradients are the same for all three.
+
+    Parameters: units.{k}.{up,gate,down,norm}.{weight,bias}, see `FFNUnit`.
+
+    Raises:
+        UserError: an argument is out of range, or the gene does not fit this hidden size.
+        ExprError: the text of the gene is wrong.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        gene: Gene | str,
+        dropout: float = 0.1,
+        layer_norm_eps: float = 1e-5,
+        recompute: str = "none",
+    ):
+        super().__init__()
+        check_arguments(hidden_size, dropout, layer_norm_eps, recompute)
+        self.gene = as_gene(gene)
+        self.hidden_size = hidden_size
+        self.plan = UnitPlan.of(self.gene, hidden_size)
+        self.dropout = dropout
+        self.recompute = recompute
+        self.units = nn.ModuleList(
+            FFNUnit(hidden_size, self.plan.width, self.plan.gated, layer_norm_eps)
+            for _ in range(self.gene.stack)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H], any floating dtype -> [..., H]."""
+        check_input(x, self.hidden_size)
+        for unit in self.units:
+            x = unit(x, self.plan, self.dropout, self.recompute)
+        return x
+
+    @property
+    def width(self) -> int:
+        """I, the intermediate columns of each unit."""
+        return self.plan.width
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, gene={str(self.gene)!r}, dropout={self.dropout}"
