@@ -1,0 +1,165 @@
+"""Configuration of EfficientBERT-style encoders: BERT with a searched FFN in every layer.
+
+Genes are stored as text, so that config.json stays readable and needs no code to load. The presets
+are those of EfficientBERT (arXiv 2109.07222); their parameter counts are without heads and
+without the projection that the authors use in distillation.
+
+    preset  layers  hidden  FFN base  parameters
+    base         6     540       540   15.322 M
+    tiny         6     360       360    9.098 M
+    ++          12     360       360   13.965 M
+
+About "++": the authors' size table counts its FFNs 540 wide (15.695 M, published as "16M" with the
+distillation projection), but their code builds and converts 360-wide ones. Their results were
+measured on what the code builds, so this preset builds it too. The table's model is
+`preset("++", genes=[...])` with every ratio times 3/2.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..errors import UserError
+from ..expr import PUBLISHED, Gene
+
+_PRESETS = {
+    "base": {"hidden_size": 540, "num_hidden_layers": 6},
+    "tiny": {"hidden_size": 360, "num_hidden_layers": 6},
+    "++": {"hidden_size": 360, "num_hidden_layers": 12},
+}
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+
+class EfficientBertConfig(PreTrainedConfig):
+    """Everything that `EfficientBertModel` is built from.
+
+    Args:
+        vocab_size: rows of the word embedding.
+        hidden_size: H, a multiple of num_attention_heads.
+        num_hidden_layers: L.
+        num_attention_heads: heads of self-attention, each H / heads wide.
+        genes: L texts or `Gene`s. None: the six published ones, each for L / 6 layers in a row.
+        ffn_base: width of an FFN over H before the gene's ratio (1 in EfficientBERT, 4 in BERT).
+        embedding_size: width of the word embedding; None: H, without a projection.
+        trigram: the projection sees the embeddings of the previous, this and the next token
+            (MobileBERT, arXiv 2004.02984); needs an embedding_size.
+        max_position_embeddings: longest sequence.
+        type_vocab_size: number of segments.
+        hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: probabilities; the
+            last one is hidden_dropout_prob when None.
+        layer_norm_eps: of every LayerNorm.
+        initializer_range: standard deviation of initial weights.
+        pad_token_id: its word embedding starts as zero and gets no gradient from the encoder.
+        sentence_pooling: "mean" or "cls": what `pooler_output` is; None: no such output.
+        recompute: see `fastffn.FFN`.
+        supernet: None, or {"max_stack": n, "max_width": I, "gated": bool}: the layers hold
+            `ElasticFFN`s of that size and `genes` are the ones that run at first.
+
+    Raises:
+        UserError: a value is out of range, or the genes do not fit the layers.
+        ExprError: the text of a gene is wrong.
+    """
+
+    model_type = "efficientbert"
+
+    vocab_size: int = 30522
+    hidden_size: int = 540
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    genes: list | None = None
+    ffn_base: int = 1
+    embedding_size: int | None = 128
+    trigram: bool = True
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    sentence_pooling: str | None = None
+    recompute: str = "none"
+    supernet: dict | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any):
+        for name in _POSITIVE:
+            _check_positive(name, getattr(self, name))
+        if self.genes is None:
+            self.genes = _published(self.num_hidden_layers)
+        if not isinstance(self.genes, list | tuple):
+            raise UserError(f"genes: expected one text for each layer, got {self.genes!r}")
+        self.genes = [gene if isinstance(gene, str) else str(gene) for gene in self.genes]
+        self.check()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "EfficientBertConfig":
+        """The configuration called "base", "tiny" or "++", with some values replaced."""
+        if name not in _PRESETS:
+            raise UserError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+        return cls(**(_PRESETS[name] | overrides))
+
+    def parsed_genes(self) -> list[Gene]:
+        """The genes of the layers; a UserError when there is not one for each."""
+        if len(self.genes) != self.num_hidden_layers:
+            raise UserError(
+                f"genes: {len(self.genes)} given for {self.num_hidden_layers} layers; "
+                "give one for each"
+            )
+        return [Gene.parse(gene, base=self.ffn_base) for gene in self.genes]
+
+    def check(self) -> None:
+        """Raises a UserError that names the first value which no model can be built from."""
+        for name in _PROBABILITIES:
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}: expected from 0 to below 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"num_attention_heads: {self.num_attention_heads} heads do not divide "
+                f"hidden_size {self.hidden_size}"
+            )
+        if self.trigram and self.embedding_size is None:
+            raise UserError(
+                "trigram: needs an embedding_size; give one, or trigram=False for a plain embedding"
+            )
+        if self.embedding_size is not None:
+            _check_positive("embedding_size", self.embedding_size)
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise UserError(f"pad_token_id: {self.pad_token_id} is outside the vocabulary")
+        if self.sentence_pooling not in (None, "mean", "cls"):
+            raise UserError(
+                f'sentence_pooling: expected "mean", "cls" or None, got {self.sentence_pooling!r}'
+            )
+        if self.supernet is not None and not (
+            {"max_stack", "max_width"} <= set(self.supernet) <= {"max_stack", "max_width", "gated"}
+        ):
+            raise UserError(
+                f"supernet: expected max_stack, max_width and perhaps gated, got {self.supernet!r}"
+            )
+        for gene in self.parsed_genes():
+            gene.width(self.hidden_size)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _published(layers: int) -> list[str]:
+    """The published genes spread over `layers`, a multiple of their number."""
+    if layers % len(PUBLISHED):
+        raise UserError(
+            f"genes: the published ones are for a multiple of {len(PUBLISHED)} layers, "
+            f"not {layers}; give one gene for each layer"
+        )
+    return [str(gene) for gene in PUBLISHED for _ in range(layers // len(PUBLISHED))]
