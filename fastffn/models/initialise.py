@@ -323,9 +323,7 @@ def _copy_ffn(source: nn.Module, strength: Tensor, units: Sequence[FFNUnit]) -> 
         width = unit.up.out_features
         chosen = order.roll(-index * width)[: min(width, len(order))]
         taken = len(chosen)
-        fresh = max(
-            0, min(taken, len(order) - index * width)
-        )  # new to the stack
+        fresh = max(0, min(taken, len(order) - index * width))  # new to the stack
         unit.up.weight[:taken].copy_(up.weight[chosen])
         unit.up.bias[:taken].copy_(up.bias[chosen])
         unit.down.weight.zero_()
