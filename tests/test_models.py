@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastffn.errors import UserError
-from fastffn.expr import PUBLISHED
+from fastffn.expr import PUBLISHED, Gene
 
 pytest.importorskip("transformers")
 
@@ -244,6 +244,7 @@ def test_set_genes():
         ({"genes": [GENES[0], "1x2 down(mul(up(x), x))"]}, "gene"),
         ({"genes": "1x1 down(gelu(up(x)))"}, "genes"),
         ({"genes": None}, "multiple of 6"),
+        ({"genes": [Gene.parse(gene) for gene in GENES], "ffn_base": 4}, "base 1, ffn_base is 4"),
         ({"num_attention_heads": 4}, "num_attention_heads: 4 heads do not divide"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"embedding_size": None}, "trigram"),

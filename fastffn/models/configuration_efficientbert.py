@@ -98,7 +98,7 @@ class EfficientBertConfig(PreTrainedConfig):
             self.genes = _published(self.num_hidden_layers)
         if not isinstance(self.genes, list | tuple):
             raise UserError(f"genes: expected one text for each layer, got {self.genes!r}")
-        self.genes = [gene if isinstance(gene, str) else str(gene) for gene in self.genes]
+        self.genes = [self.gene_text(gene) for gene in self.genes]
         self.check()
         super().__post_init__(**kwargs)
 
@@ -108,6 +108,12 @@ class EfficientBertConfig(PreTrainedConfig):
         if name not in _PRESETS:
             raise UserError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**(_PRESETS[name] | overrides))
+
+    def gene_text(self, gene: Gene | str) -> str:
+        """The text under which `gene` is stored; a UserError if its base is not `ffn_base`."""
+        if isinstance(gene, Gene) and gene.base != self.ffn_base:
+            raise UserError(f"genes: {gene} has base {gene.base}, ffn_base is {self.ffn_base}")
+        return str(gene)
 
     def parsed_genes(self) -> list[Gene]:
         """The genes of the layers; a UserError when there is not one for each."""

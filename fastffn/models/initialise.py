@@ -132,15 +132,13 @@ def from_teacher(
     genes = [as_gene(gene, ffn_base) for gene in genes]
     if len(genes) != len(layers):
         raise UserError(f"genes: {len(genes)} given for {len(layers)} layers; give one for each")
-    if any(gene.base != ffn_base for gene in genes):
-        raise UserError(f"ffn_base: {ffn_base}, but a gene was parsed with another base")
     if embedding_size is not None and not 0 < embedding_size < base.config.hidden_size:
         raise UserError(
             f"embedding_size: expected from 1 to {base.config.hidden_size - 1}, or None for the "
             f"teacher's own embedding; got {embedding_size}"
         )
     values = _shared_config(base, layers) | {
-        "genes": [str(gene) for gene in genes],
+        "genes": genes,
         "ffn_base": ffn_base,
         "embedding_size": embedding_size,
         "trigram": trigram,
@@ -207,7 +205,7 @@ def extract(
         raise UserError(f"genes: {len(genes)} given for {len(layers)} layers")
     for layer, gene in zip(layers, genes, strict=True):
         layer.ffn.check_gene(gene)
-    values = supernet.config.to_dict() | {"genes": [str(g) for g in genes], "supernet": None}
+    values = supernet.config.to_dict() | {"genes": genes, "supernet": None}
     model = type(supernet)(type(supernet.config).from_dict(values))
     model.to(device=supernet.device, dtype=supernet.dtype).train(supernet.training)
     model.load_state_dict(leading_slices(supernet.state_dict(), model.state_dict()))

@@ -221,10 +221,11 @@ class EfficientBertPreTrainedModel(PreTrainedModel):
         if len(genes) != len(layers):
             raise UserError(f"genes: {len(genes)} given for {len(layers)} layers")
         genes = [as_gene(gene, self.config.ffn_base) for gene in genes]
+        texts = [self.config.gene_text(gene) for gene in genes]
         checked = [layer.ffn.check_gene(gene) for layer, gene in zip(layers, genes, strict=True)]
         for layer, gene in zip(layers, checked, strict=True):
             layer.ffn.set_gene(gene)
-        self.config.genes = [str(gene) for gene in checked]
+        self.config.genes = texts
 
 
 class EfficientBertModel(EfficientBertPreTrainedModel):
