@@ -1,8 +1,10 @@
-"""fastffn: small, fast BERT-like encoders. Importing it needs torch alone."""
+"""fastffn: small, fast BERT-like encoders. It needs torch alone, and loads it when first used.
+
+Names below `_LAZY` are found when asked for: `fastffn --help` should not wait for torch.
+"""
 
 import importlib
 
-from . import functional
 from .errors import ExprError, UserError
 from .expr import Expr, Gene
 
@@ -19,10 +21,12 @@ _LAZY = {
     "capture": "distill.capture",
 }
 _SUBPACKAGES = (
+    "compress",
     "data",
     "distill",
     "evaluate",
     "expr",
+    "functional",
     "kernels",
     "layers",
     "losses",
