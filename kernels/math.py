@@ -104,8 +104,8 @@ def sigmoid(x):
     """1 / (1 + e^-x), from p = 1 / (1 + e^|x|) as p or 1 - p.
 
     So the result is rounded once where it is near 1: gradients multiply 1 - sigmoid by up to a
-    cube of x, and an error of two units there is a hundred in them. It costs one instruction more
-    than a division.
+    cube of x, and an error of two units there is a hundred in them. No instruction more than
+    with a division.
     """
     e = exp(-tl.abs(x))
     p = e * reciprocal(1.0 + e)

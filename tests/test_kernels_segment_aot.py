@@ -58,6 +58,15 @@ def test_contiguous_elsewhere(text, direction, target):
     check_flat(text, direction, torch.bfloat16, target)
 
 
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_maximum_keeps_nan(target):
+    """Here and not by the interpreter, whose maximum keeps NaN in any case."""
+    compiled = build("max(a, b)", "forward", torch.empty(64, 540), target)
+    maxima = [name for name in compiled.instructions if name.startswith("FMNMX")]
+    assert maxima
+    assert all(".NAN" in name for name in maxima)
+
+
 @pytest.mark.parametrize(
     ("columns", "pitch", "dtype", "bits"),
     [
