@@ -27,7 +27,9 @@ using fastffn::Operand;
 
 constexpr int kLanes = 16;
 constexpr int kMaxRegisters = 256;
-constexpr int64_t kRegisterBytes = 24 * 1024;  // of all registers of a block: half of a small L1
+// Of all registers of a block. Far below L1, which the operands stream through too: 8 KiB measured
+// up to 1.6 times faster than 24 KiB on long backward programs, and no slower on short ones.
+constexpr int64_t kRegisterBytes = 8 * 1024;
 constexpr int64_t kMaxBlock = 1024;
 constexpr int64_t kSerialElements = 16 * 1024;  // fewer: waking threads costs more than they save
 

@@ -28,18 +28,17 @@ inline T maximum(T a, T b) {
   return (a > b) | (a != a) ? a : b;
 }
 
-// x = n ln2 + r with |r| <= ln2 / 2; `half_scale` is 2^(n-1) (zero from n = -126 down) and `tail`
-// is e^r - 1.
+// e^x = 2^n (1 + tail) with x = n ln2 + r, |r| <= ln2 / 2. Adding kRound, 1.5 * 2^23, leaves the
+// nearest integer in the low bits of the sum; with `bias` added too, the shift turns those bits
+// into 2^(n - 127 + bias).
 struct ExpParts {
-  float half_scale;
+  float scale;
   float tail;
 };
 
+template <int bias>
 inline ExpParts exp_parts(float x) {
-  constexpr float kRound =
-      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  x = x < -87.33f ? -87.33f : x;  // comparisons that keep a NaN
-  x = x > 88.8f ? 88.8f : x;
+  constexpr float kRound = 12582912.0f + bias;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -48,29 +47,33 @@ inline ExpParts exp_parts(float x) {
   q = q * r + 0.0416662656f;
   q = q * r + 0.166665375f;
   q = q * r + 0.5f;
-  const float scale = float_of((bits_of(shifted) - bits_of(kRound) + 126u) << 23);
-  return {scale, r + (r * r) * q};
+  return {float_of(bits_of(shifted) << 23), r + (r * r) * q};
 }
 
+// Keeps a NaN.
+inline float clamp(float x, float low, float high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// Over the whole range: half the scale leaves room for 2^128, which makes an overflow infinite.
 inline float exp(float x) {
-  const ExpParts e = exp_parts(x);
-  return (e.half_scale * e.tail + e.half_scale) * 2.0f;
+  const ExpParts e = exp_parts<126>(clamp(x, -87.33f, 88.8f));
+  return (e.scale * e.tail + e.scale) * 2.0f;
 }
 
 inline float expm1(float x) {
-  const ExpParts e = exp_parts(x);
-  return (e.half_scale * e.tail + (e.half_scale - 0.5f)) * 2.0f;
+  const ExpParts e = exp_parts<126>(clamp(x, -87.33f, 88.8f));
+  return (e.scale * e.tail + (e.scale - 0.5f)) * 2.0f;
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
 // By way of e^2x - 1, which keeps its relative accuracy around zero.
 inline float tanh(float x) {
-  float y = 2.0f * x;
-  y = y > 20.0f ? 20.0f : y;
-  y = y < -20.0f ? -20.0f : y;
-  const float e = expm1(y);
-  return e / (e + 2.0f);
+  const ExpParts e = exp_parts<127>(clamp(2.0f * x, -20.0f, 20.0f));
+  const float y = e.scale * e.tail + (e.scale - 1.0f);
+  return y / (y + 2.0f);
 }
 
 // Below 1 an odd polynomial, above it 1 - e^-g(|x|); both fitted for least relative error of erf.
@@ -90,7 +93,8 @@ inline float erf(float x) {
   g = g * m + 0.654239893f;
   g = g * m + 1.11762142f;
   g = g * m + 0.00261913985f;
-  const float tail = 1.0f - exp(-g);
+  const ExpParts e = exp_parts<127>(-g);
+  const float tail = 1.0f - (e.scale * e.tail + e.scale);
   return magnitude < 1.0f ? p * x : (x < 0.0f ? -tail : tail);
 }
 
