@@ -1,0 +1,1 @@
+"""Compresses an encoder end to end: what `fastffn demo` runs."""
