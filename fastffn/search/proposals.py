@@ -56,11 +56,11 @@ class EvolutionProposal:
     def __init__(
         self,
         space: Space,
-        population: int = 16,
+        population: int = 8,
         tournament: int = 4,
         crossover: float = 0.3,
         explore: float = 0.05,
-        warmup: int = 4,
+        warmup: int = 8,
     ):
         if min(population, tournament, warmup) < 1:
             raise UserError("evolution: population, tournament and warmup must be at least 1")
