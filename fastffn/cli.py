@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: argparse.Namespace) -> int:
     """Runs the command and turns what it raises into a status."""
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()  # a closed pipe shows here rather than at exit
@@ -93,6 +93,8 @@ def _guarded(arguments: argparse.Namespace) -> int:
         return _say(f"error: {text}", _BAD_INPUT)
     except Exception:
         return _defect()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminated(*_) -> None:
