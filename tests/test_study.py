@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -109,12 +108,17 @@ sys.path.insert(0, {tests!r})
 from test_study import SPACE, quality
 from fastffn.search import Study
 
+log = open({log!r}, "a", buffering=1)
+hang = {hang}
+
 def evaluate(genes):
-    text = " ; ".join(map(str, genes))
-    with open({log!r}, "a") as file:
-        print("start", text, file=file, flush=True)
-        time.sleep(0.15)
-        print("end", text, file=file, flush=True)
+    global hang
+    hang -= 1
+    print(*genes, sep=";", end="", file=log, flush=True)
+    if not hang:
+        print("|killed", file=log)
+        time.sleep(600)
+    print("|finished", file=log)
     return quality(genes)
 
 Study(SPACE, evaluate, {folder!r}, seed=5).run(14, "evolution")
@@ -122,37 +126,33 @@ Study(SPACE, evaluate, {folder!r}, seed=5).run(14, "evolution")
 
 
 def test_a_killed_search_keeps_what_is_finished_and_repeats_what_was_not(tmp_path):
-    log, folder = tmp_path / "log", tmp_path / "run"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), log=str(log), folder=str(folder))
+    log, folder, tests = tmp_path / "log", str(tmp_path / "run"), str(Path(__file__).parent)
     finished: list[str] = []
-    for events in (7, 14):  # odd numbers of lines: inside an evaluation
+    for kills, hang in ((1, 4), (2, 7)):
+        script = SCRIPT.format(tests=tests, log=str(log), folder=folder, hang=hang)
         process = subprocess.Popen([sys.executable, "-c", script])
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            lines = log.read_text().splitlines() if log.exists() else []
-            if len(lines) >= events and lines[-1].startswith("start"):
-                break
+        deadline = time.monotonic() + 120
+        while not log.exists() or log.read_text().count("killed") < kills:
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         assert process.wait() == -signal.SIGKILL
-        study = Study(SPACE, quality, folder, seed=5)
-        kept = fingerprints(study)
-        assert kept[: len(finished)] == finished and len(kept) > len(finished)
+        kept = fingerprints(Study(SPACE, quality, folder, seed=5))
+        assert kept[: len(finished)] == finished and len(kept) == len(finished) + hang - 1
         finished = kept
 
     judged = []
     study = Study(SPACE, lambda genes: judged.append(genes) or quality(genes), folder, seed=5)
     study.run(14, "evolution")
-    assert fingerprints(study)[: len(finished)] == finished
-    assert len(judged) == 14 - len(finished)
+    assert fingerprints(study)[:9] == finished
+    lines = log.read_text().splitlines() + [";".join(map(str, g)) + "|finished" for g in judged]
+    genes, ends = zip(*(line.split("|") for line in lines), strict=True)
+    assert Counter(ends) == {"finished": 14, "killed": 2}
+    assert len(set(genes)) == 14
+    for place, end in enumerate(ends):  # what was killed comes next
+        assert (end == "killed") == (genes[place] in genes[place + 1 : place + 2])
 
-    lines = log.read_text().splitlines()
-    starts = Counter(line[6:] for line in lines if line.startswith("start"))
-    ends = Counter(line[4:] for line in lines if line.startswith("end"))
-    twice = [text for text, count in starts.items() if count > 1]
-    assert max(ends.values()) == 1
-    assert len(twice) <= 2 and len(starts - ends) >= 1
-    whole = Study(SPACE, quality, seed=5)
+    whole = Study(SPACE, quality, seed=5)  # the same as a search that nobody killed
     whole.run(14, "evolution")
     assert fingerprints(study) == fingerprints(whole)
     assert [r["quality"] for r in study.candidates()] == [r["quality"] for r in whole.candidates()]
