@@ -57,7 +57,7 @@ def test_page_says_the_figures(written):
         "| latency at batch 32, ms | 813 | 181 | 4.5x |",
         "| Spearman of similarities | 1 | 0.831 |",
         "| no relation loss | 0.742 | 50 % | 55 % | -0.012 |",
-        "same short distillation (60 steps, 21 s)",
+        "same short distillation from the teacher's weights (60 steps, 21 s)",
         f"| 1 | 2 | `{GENES[1]}` |",
         "Some processor, 2.4 GHz",
         "| altogether | 9 min 01 s |",
@@ -154,7 +154,7 @@ def test_full_baselines_are_not_called_short():
     report = example()
     report["baselines"]["budget"] = {"steps": 900, "seconds": 181.0, "what": "full"}
     page = to_markdown(report, {})
-    assert "whole distillation of the student above (900 steps, 3 min 01 s)" in page
+    assert "as many steps as the student above (900 steps, 3 min 01 s)" in page
     assert "short" not in page
 
 

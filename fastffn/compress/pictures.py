@@ -109,7 +109,7 @@ def candidates(report: Mapping):
     ax.grid(axis="x", color="#dddddd", linewidth=0.6)
     ax.margins(0.08)
     ax.set_xlabel("parameters without word embeddings, millions")
-    ax.set_ylabel("quality on held-out text (Spearman)")
+    ax.set_ylabel("quality on validation text (Spearman)")
     ax.set_title("Candidates of the search", loc="left")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

@@ -169,11 +169,12 @@ def _budget_note(budget: Mapping, found: Mapping) -> str:
     if any(_part(found, key) for key in ("searched", "no_search", "no_relations")):
         each = f" ({', '.join(spent)})" if spent else ""
         if budget.get("what") == "full":
-            note = f"Every row had the whole distillation of the student above{each}."
+            note = f"Every row had as many steps as the student above{each}."
         else:
             note = (
-                f"Every row had the same short distillation{each}, much less than the student "
-                "above: read the differences, not the heights. --ablate gives each the whole one."
+                f"Every row had the same short distillation from the teacher's weights{each}, "
+                "less than the student above: read the differences, not the heights. "
+                "--ablate gives every row as much as the student."
             )
     gene = _part(found, "no_search").get("gene")
     return f"{note} The plain FFN: {gene}." if gene else note
