@@ -294,7 +294,7 @@ def _add_demo(commands) -> None:
     add(
         "--ablate",
         action="store_true",
-        help="give each baseline as much distillation as the student; takes about four times as long",
+        help="distil each baseline as long as the student; takes about four times the time",
     )
     add("--fresh", action="store_true", help="forget what an earlier run left in DIR")
     add("--keep-cache", action="store_true", help="keep the teacher's outputs in DIR at the end")
