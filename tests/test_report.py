@@ -206,4 +206,4 @@ def test_figures_have_two_or_three_digits():
     ]
     assert [tables.ratio(v) for v in (4.13, 12.7, 0.456)] == ["4.1x", "13x", "0.46x"]
     assert [tables.seconds(v) for v in (4.21, 42.4, 125)] == ["4.2 s", "42 s", "2 min 05 s"]
-    assert tables.change(0.742, 0.754) == "-0.012"
+    assert [tables.change(v, 0.754) for v in (0.742, 0.7539)] == ["-0.012", "+0.000"]

@@ -74,12 +74,14 @@ def candidates(report: Mapping):
     if not trials:
         return None
     figure, (ax,) = _figure(6.4, 4.2)
+    largest = max(trial["params"] for trial in trials)
+    unit, unit_name = (1e6, "millions") if largest >= 1e6 else (1e3, "thousands")
     marks = {"coarse": ("o", BLUE, 34), "fine": ("^", ORANGE, 46)}
     for stage in dict.fromkeys(trial.get("stage") for trial in trials):
         marker, colour, size = marks.get(stage, ("s", GREY, 34))
         ours = [trial for trial in trials if trial.get("stage") == stage]
         ax.scatter(
-            [trial["params"] / 1e6 for trial in ours],
+            [trial["params"] / unit for trial in ours],
             [trial["quality"] for trial in ours],
             s=size,
             marker=marker,
@@ -89,14 +91,14 @@ def candidates(report: Mapping):
             label=f"{stage or 'candidates'} ({len(ours)})",
             zorder=3,
         )
-    front = pareto_front([(trial["params"] / 1e6, trial["quality"]) for trial in trials])
+    front = pareto_front([(trial["params"] / unit, trial["quality"]) for trial in trials])
     ax.step(*zip(*front, strict=True), where="post", color=GREY, linewidth=1, label="front")
     best = search.get("best_gene")
     winners = [trial for trial in trials if best and trial.get("genes") == best]
     if winners:
         winner = max(winners, key=lambda trial: trial["quality"])
         ax.scatter(
-            [winner["params"] / 1e6],
+            [winner["params"] / unit],
             [winner["quality"]],
             s=190,
             marker="o",
@@ -108,7 +110,7 @@ def candidates(report: Mapping):
         )
     ax.grid(axis="x", color="#dddddd", linewidth=0.6)
     ax.margins(0.08)
-    ax.set_xlabel("parameters without word embeddings, millions")
+    ax.set_xlabel(f"parameters without word embeddings, {unit_name}")
     ax.set_ylabel("quality on validation text (Spearman)")
     ax.set_title("Candidates of the search", loc="left")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -161,7 +163,9 @@ def curves(report: Mapping):
         ax.set_xlabel("step")
         ax.set_ylabel("loss")
         ax.set_title(_CURVES.get(name, name), loc="left")
-        ax.legend(frameon=False, fontsize="small")
+    lines = {line.get_label(): line for ax in axes for line in ax.lines}
+    shown = {label: line for label, line in lines.items() if not label.startswith("_")}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -184,11 +188,14 @@ def _line(ax, pairs, colour: str, label: str, style) -> None:
 
 
 def _log_scale(ax) -> None:
-    """Ticks at 1, 2 and 5 in plain figures: a loss rarely crosses two powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Ticks in plain figures; at 1, 2 and 5 unless the losses cross many powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = ax.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 

@@ -81,7 +81,9 @@ def correlation(value: object) -> str:
 
 def change(value: object, base: object) -> str:
     """A correlation's difference from another, with its sign."""
-    return f"{value - base:+.3f}" if is_number(value) and is_number(base) else DASH
+    if not (is_number(value) and is_number(base)):
+        return DASH
+    return f"{round(value - base, 3) + 0.0:+.3f}"  # adding zero: never -0.000
 
 
 def seconds(value: object) -> str:
