@@ -122,6 +122,11 @@ class TeacherCache:
     def __reduce__(self):
         return TeacherCache, (self.directory,)  # workers map the files themselves
 
+    def vectors(self, indices: Sequence[int]) -> Tensor:
+        """The teacher's sentence vectors, float32 [sentences, width]."""
+        rows = self._arrays["vector"][np.asarray(indices, dtype=np.int64)]
+        return torch.from_numpy(rows).float()
+
     def batch(
         self, indices: Sequence[int], outputs: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
