@@ -1,9 +1,9 @@
 """How a case is measured: outputs compared first, then all contenders in turn, in one process.
 
 Machines are noisy and drift, so a figure is the ratio of medians over rounds in which every
-contender ran once, in an order that rotates. pytest-benchmark keeps the times of fastffn; the
-rivals' times, the ratios, what the first call cost (compilation) and the conditions stand beside
-them as extra_info, which `python -m bench report` turns into a table.
+contender ran once, in an order that rotates. The medians, the ratios, what the first call cost
+(compilation) and the conditions stand in pytest-benchmark's file as extra_info, which
+`python -m bench report` turns into a table; pytest-benchmark's own columns time fastffn alone.
 """
 
 import ctypes
@@ -79,7 +79,7 @@ def check_outputs(works: Mapping[str, Work], exact: Work, baseline: str = "eager
 
 
 def interleave(benchmark, works: Mapping[str, Work], ours: str, seconds: float = 2.0) -> None:
-    """Times all `works` round by round; `works[ours]` through pytest-benchmark.
+    """Times all `works` in turn, round by round, and notes the result as extra_info.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -90,20 +90,14 @@ def interleave(benchmark, works: Mapping[str, Work], ours: str, seconds: float =
     keep_freed_memory()
     times = {name: Timing(timed(work), []) for name, work in works.items()}
     once = sum(min(timed(work) for _ in range(3)) for work in works.values())
-    rounds = max(7, min(200, int(seconds / once)))
-    rivals = [name for name in works if name != ours]
-
-    def run_rivals():
-        rivals.append(rivals.pop(0))
-        for name in rivals:
+    rounds = max(9, min(200, int(seconds / once)))
+    order = list(works)
+    for _ in range(rounds):
+        order.append(order.pop(0))  # everyone follows everyone, and finds the caches they leave
+        for name in order:
             times[name].rounds.append(timed(works[name]))
-
-    def run_ours():
-        works[ours]()
-        synchronize()
-
-    benchmark.pedantic(run_ours, setup=run_rivals, rounds=rounds)
-    times[ours].rounds = list(benchmark.stats.stats.data)
+    benchmark.pedantic(works[ours], rounds=5)
+    rivals = [name for name in works if name != ours]
     benchmark.extra_info.update(
         median_ms={name: 1e3 * timing.median for name, timing in times.items()},
         first_call_ms={name: 1e3 * timing.first for name, timing in times.items()},

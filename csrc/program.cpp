@@ -9,10 +9,12 @@ constexpr uint16_t kOpcodes = 0
 #define BINARY(...) +4
 #define UNARY(...) +4
 #define GATED(...) +4
+#define FUSED(...) +4
 #include "primitives.def"
 #undef BINARY
 #undef UNARY
 #undef GATED
+#undef FUSED
     ;
 
 void require(bool condition, const char* message) {

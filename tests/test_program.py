@@ -85,3 +85,20 @@ def test_packed_layout():
     numbers = memoryview(packed).cast("H").tolist()
     assert numbers[:4] == [2, 1, 3, 2]  # inputs, outputs, registers, instructions
     assert len(numbers) == 4 + 2 * 5 + 1
+
+
+def test_fused_programs_are_shorter():
+    def ops(program):
+        return [instruction.op for instruction in program.fused().instructions]
+
+    assert ops(forward_program(Expr.parse("add(swish(a), mul(a, b))"))) == ["swish.ty", "mul_add"]
+    # In gelu's own backward the auxiliary value serves the gradient too, and stays.
+    assert ops(backward_program(Expr.parse("mul(gelu(a), b)"))).count("gelu.t") == 1
+    # A product that is read twice stays, and so does one that is an output.
+    assert ops(forward_program(Expr.parse("add(mul(a, b), relu(mul(a, b)))"))) == [
+        "mul",
+        "relu",
+        "add",
+    ]
+    square = backward_program(Expr.parse("add(mul(a, b), b)"))
+    assert "mul_add" in ops(square) and len(square.fused().outputs) == 2

@@ -69,21 +69,30 @@ struct Loops {
 #define GATED(name, t_, y_, ga_)          \
   LOOP(name##_t, a, unused0, unused1, t_) \
   LOOP(name##_y, a, t, unused, y_)        \
-  LOOP(name##_da, g, a, t, ga_)
+  LOOP(name##_da, g, a, t, ga_)           \
+  static T name##_of(T a) {               \
+    const T t = t_;                       \
+    return y_;                            \
+  }                                       \
+  LOOP(name##_ty, a, unused0, unused1, name##_of(a))
+#define FUSED(name, y_) LOOP(name##_y, a, b, c, y_)
 #include "../primitives.def"
 #undef BINARY
 #undef UNARY
 #undef GATED
+#undef FUSED
 
   // By opcode: four slots a primitive.
   static constexpr Loop<T> table[] = {
 #define BINARY(name, ...) nullptr, name##_y, name##_da, name##_db,
 #define UNARY(name, ...) nullptr, name##_y, name##_da, nullptr,
-#define GATED(name, ...) name##_t, name##_y, name##_da, nullptr,
+#define GATED(name, ...) name##_t, name##_y, name##_da, name##_ty,
+#define FUSED(name, ...) nullptr, name##_y, nullptr, nullptr,
 #include "../primitives.def"
 #undef BINARY
 #undef UNARY
 #undef GATED
+#undef FUSED
   };
 };
 #undef LOOP

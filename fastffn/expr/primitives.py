@@ -5,7 +5,8 @@ module gives it to Python; so an activation is one line there and no backend can
 
 Every line owns four consecutive opcodes, in this order (the interpreter's enumeration is built the
 same way): `name.t` the auxiliary value, `name` the result, `name.da` and `name.db` the gradients.
-Each takes up to three operands; which ones, `OPERANDS` says.
+A GATED line has one operand and therefore no `db`; its fourth opcode is `name.ty`, the result
+straight from the operand. Each takes up to three operands; which ones, `OPERANDS` says.
 """
 
 import re
@@ -13,15 +14,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SLOTS = ("t", "", "da", "db")
-
 OPERANDS = {
     "BINARY": {"": "ab", "da": "gab", "db": "gab"},
     "UNARY": {"": "a", "da": "gay"},
     "GATED": {"t": "a", "": "at", "da": "gat"},
+    "FUSED": {"": "abc"},
 }
+PLACES = {"t": 0, "": 1, "da": 2, "db": 3, "ty": 3}  # of the slots within a line's opcodes
 
-_LINE = re.compile(r"^(BINARY|UNARY|GATED)\((.*)\)\s*$", re.MULTILINE)
+_LINE = re.compile(r"^(BINARY|UNARY|GATED|FUSED)\((.*)\)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,9 @@ class Primitive:
 
     Attributes:
         name: as written in expressions.
-        kind: "BINARY", "UNARY" or "GATED".
-        code: opcode of the first slot; slot i has opcode `code + i`.
-        formulas: text of each slot's formula, by slot ("t", "", "da", "db"); absent slots are
-        absent.
+        kind: "BINARY", "UNARY", "GATED" or "FUSED".
+        code: the first of the line's opcodes.
+        formulas: text of the formula of each slot that the table writes out.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Opcode:
 
     @property
     def number(self) -> int:
-        return self.primitive.code + SLOTS.index(self.slot)
+        return self.primitive.code + PLACES[self.slot]
 
     @property
     def formula(self) -> str:
@@ -97,26 +97,31 @@ def _split(arguments: str) -> list[str]:
 
 
 @cache
-def primitives() -> dict[str, Primitive]:
-    """All primitives by name, in the order of the table."""
+def _table() -> dict[str, Primitive]:
+    """All lines by name, in the order of the table."""
     table = {}
     for match in _LINE.finditer(table_path().read_text(encoding="utf-8")):
         kind, (name, *formulas) = match[1], _split(match[2])
-        slots = [slot for slot in SLOTS if slot in OPERANDS[kind]]
+        slots = sorted(OPERANDS[kind], key=PLACES.get)
         if len(slots) != len(formulas):
             raise ValueError(
                 f"primitives.def: {name} has {len(formulas)} formulas, not {len(slots)}"
             )
-        formula_of = dict(zip(slots, formulas, strict=True))
-        table[name] = Primitive(name, kind, len(SLOTS) * len(table), formula_of)
+        table[name] = Primitive(name, kind, 4 * len(table), dict(zip(slots, formulas, strict=True)))
     return table
 
 
 @cache
+def primitives() -> dict[str, Primitive]:
+    """The operations of the language by name, in the order of the table."""
+    return {name: line for name, line in _table().items() if line.kind != "FUSED"}
+
+
+@cache
 def opcode(name: str) -> Opcode:
-    """The opcode that an instruction names: "gelu", "gelu.t", "max.db"."""
-    primitive, _, slot = name.partition(".")
-    return Opcode(primitives()[primitive], slot)
+    """The opcode that an instruction names: "gelu", "gelu.t", "max.db", "mul_add"."""
+    line, _, slot = name.partition(".")
+    return Opcode(_table()[line], slot)
 
 
 PRIMITIVES = primitives()

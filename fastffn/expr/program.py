@@ -13,17 +13,19 @@ forward.
 """
 
 import struct
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from .primitives import opcode, primitives
 from .tree import Expr
 
+_FACTORS = {"mul": (0, 1), "mul.da": (0, 2), "mul.db": (0, 1)}  # the sources that it multiplies
 GRADIENT = "grad"  # name of the upstream gradient, the first input of every backward program
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """register[target] = op(register[sources[0]], ...); a source that is not read repeats another."""
+    """register[target] = op(register[sources[0]], ...); an unread source repeats another."""
 
     op: str
     target: int
@@ -42,6 +44,42 @@ class Program:
     instructions: tuple[Instruction, ...]
     outputs: tuple[int, ...]
     registers: int
+
+    def fused(self) -> "Program":
+        """The same program with fewer instructions, for an interpreter: each one walks a block.
+
+        An auxiliary value that only the result reads disappears into it (`gelu.ty`), and a product
+        that only a sum reads into that (`mul_add`). Generated code needs none of this: there the
+        compiler sees all instructions at once.
+        """
+        defined = {instruction.target: instruction for instruction in self.instructions}
+        uses = Counter(self.outputs)
+        for instruction in self.instructions:
+            uses.update(set(instruction.sources))
+        gone: set[int] = set()
+
+        def absorbed(register: int, ops: tuple[str, ...]) -> Instruction | None:
+            """The instruction behind `register`, if one of `ops` and if nobody else reads it."""
+            instruction = defined.get(register)
+            if instruction is None or instruction.op not in ops or uses[register] > 1:
+                return None
+            gone.add(register)
+            return instruction
+
+        instructions = []
+        for at in self.instructions:
+            a, t, _ = at.sources
+            if absorbed(t, (f"{at.op}.t",)):
+                at = Instruction(f"{at.op}.ty", at.target, (a, a, a))
+            elif at.op == "add" and a != t:
+                for term, other in ((a, t), (t, a)):
+                    if product := absorbed(term, tuple(_FACTORS)):
+                        one, two = (product.sources[i] for i in _FACTORS[product.op])
+                        at = Instruction("mul_add", at.target, (one, two, other))
+                        break
+            instructions.append(at)
+        kept = tuple(instruction for instruction in instructions if instruction.target not in gone)
+        return replace(self, instructions=kept)
 
     def allocated(self) -> "Program":
         """The same program with registers reused as soon as their value is dead.
@@ -73,12 +111,12 @@ class Program:
         return Program(self.inputs, tuple(instructions), outputs, count)
 
     def packed(self) -> bytes:
-        """The allocated program as csrc/program.h reads it: 16-bit little-endian numbers.
+        """The fused and allocated program as csrc/program.h reads it: 16-bit little-endian numbers.
 
         Header: inputs, outputs, registers, instructions. Then opcode, target and three sources of
         each instruction, then the register of each output.
         """
-        program = self.allocated()
+        program = self.fused().allocated()
         numbers = [
             len(program.inputs),
             len(program.outputs),

@@ -51,7 +51,7 @@ def elementwise(expr: Expr | str, **inputs: Tensor) -> Tensor:
         _check_names(text, names, inputs)
     tensors = [inputs[name] for name in names]
     _check_tensors(names, tensors)
-    return _forward_op(text, tensors)
+    return _autograd(text, tensors) if _plain(tensors) else _forward_op(text, tensors)
 
 
 def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...]]:
@@ -63,6 +63,15 @@ def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...]]:
 # torch.compile then calls it while tracing instead of tracing it. This is all that
 # torch.compiler.assume_constant_result does, without its import of the whole compiler (1.6 s).
 _describe._dynamo_marked_constant = True
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether only autograd sees the call: the dispatcher, half of the overhead, is left out."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 def _check_names(text: str, names: tuple[str, ...], inputs: dict[str, Tensor]) -> None:
@@ -172,7 +181,7 @@ def _run_triton(program: Program, size: torch.Size, inputs: Sequence[Tensor], ou
             output.copy_(view.view(size))
 
 
-def _forward(text: str, inputs: list[Tensor]) -> Tensor:
+def _forward(text: str, inputs: Sequence[Tensor]) -> Tensor:
     compiled = _compiled(text)
     size = _shape(inputs)
     if inputs[0].is_cuda and backend.triton()[0]:
@@ -189,7 +198,7 @@ def _forward(text: str, inputs: list[Tensor]) -> Tensor:
     return output.clone() if compiled.expr.is_leaf else output
 
 
-def _gradients_like(grad: Tensor, inputs: list[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+def _gradients_like(grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
     """Where the backward writes: each gradient over the whole size, before it is summed."""
     size = grad.shape
     gradients = []
@@ -202,7 +211,7 @@ def _gradients_like(grad: Tensor, inputs: list[Tensor], wanted: Sequence[bool]) 
 
 
 def _backward(
-    text: str, grad: Tensor, inputs: list[Tensor], wanted: Sequence[bool]
+    text: str, grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor]:
     compiled = _compiled(text)
     wanted = tuple(wanted)
@@ -239,7 +248,7 @@ def _fake_forward(text: str, inputs: list[Tensor]) -> Tensor:
 
 
 def _fake_backward(
-    text: str, grad: Tensor, inputs: list[Tensor], wanted: Sequence[bool]
+    text: str, grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor]:
     targets = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
     return [
@@ -248,33 +257,38 @@ def _fake_backward(
     ]
 
 
+def _below_autograd(text: str, inputs: Sequence[Tensor]) -> Tensor:
+    if _plain(inputs):
+        return _forward(text, inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(text, inputs)
+
+
 class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text: str, *inputs: Tensor) -> Tensor:
         ctx.text = text
         ctx.save_for_backward(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward_op(text, inputs)
+        return _below_autograd(text, inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if (
-            torch.is_grad_enabled()
-        ):  # once_differentiable alone lets some double backwards pass, and lie
+        if torch.is_grad_enabled():  # once_differentiable lets some double backwards pass, and lie
             raise RuntimeError(
                 "fastffn: gradients of gradients (create_graph=True) are not available here; "
                 "use fastffn.ops.reference.elementwise for this expression"
             )
         wanted = ctx.needs_input_grad[1:]
-        gradients = iter(_backward_op(ctx.text, grad, ctx.saved_tensors, wanted))
+        inputs = ctx.saved_tensors
+        run = _backward if _plain((grad, *inputs)) else _backward_op
+        gradients = iter(run(ctx.text, grad, inputs, wanted))
         return None, *(next(gradients) if want else None for want in wanted)
 
 
-def _autograd(text: str, inputs: list[Tensor]) -> Tensor:
+def _autograd(text: str, inputs: Sequence[Tensor]) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _Elementwise.apply(text, *inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(text, inputs)
+    return _below_autograd(text, inputs)
 
 
 _library.impl("elementwise", _forward, "CompositeExplicitAutograd")
