@@ -231,8 +231,8 @@ def test_signals_end_a_run_in_order(sent):
     code = """
 def run(options, progress):
     import time
-    print("running", flush=True)
     try:
+        print("running", flush=True)
         time.sleep(60)
     finally:
         print("closed", flush=True)
@@ -283,3 +283,116 @@ def test_debug_lets_everybody_speak(pipeline, caplog):
     pipeline(run)
     assert cli.main(["demo", "--debug"]) == 2
     assert caplog.messages == ["advice"]
+
+
+# -- bad input, through the real pipeline --------------------------------------------------------
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] one two three four five six seven eight nine".split()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny teacher, text, and files and directories that are neither."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("inputs")
+    sizes = {"hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20}
+    config = transformers.BertConfig(vocab_size=16, num_hidden_layers=2, **sizes)
+    transformers.BertModel(config).save_pretrained(folder / "teacher")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder / "teacher")
+    decoder = transformers.GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=16)
+    transformers.GPT2Model(decoder).save_pretrained(folder / "decoder")
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("precious")
+    (folder / "empty.txt").touch()
+    numbers = WORDS[5:]
+    sentences = [
+        f"{numbers[k % 9]} {numbers[k // 9 % 9]} {numbers[k // 81 % 9]} {numbers[k % 7]}."
+        for k in range(400)
+    ]
+    (folder / "text.txt").write_text("\n".join(sentences))
+    return folder
+
+
+BAD = {
+    "missing text": ("{1} --text {0}/absent.txt", "absent.txt does not exist"),
+    "empty text": ("{1} --text {0}/empty.txt", "0 sentences"),
+    "unknown teacher": ("--teacher {0}/absent --text {0}/text.txt", "absent does not exist"),
+    "empty teacher": ("--teacher {0}/empty --text {0}/text.txt", "cannot be loaded"),
+    "no encoder": ("--teacher {0}/decoder --text {0}/text.txt", "is no BERT-like encoder"),
+    "impossible budget": (
+        "{1} --text {0}/text.txt --budget-params 100",
+        "no student meets the budget of 100",
+    ),
+    "absent layer": ("{1} --text {0}/text.txt --layers 0,7", "not 7"),
+    "no time": ("{1} --text {0}/text.txt --minutes 0", "positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, inputs, tmp_path, capsys):
+    text, said = BAD[case]
+    out = tmp_path / "run"
+    good = f"--budget-params 8k --teacher {inputs}/teacher"
+    assert cli.main(["demo", *text.format(inputs, good).split(), "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_in_a_process_of_its_own(inputs, tmp_path):
+    """As a person meets it: nothing that a library says at import or exit is in between."""
+    command = [sys.executable, "-m", "fastffn.cli", "demo", "--teacher", str(inputs / "decoder")]
+    done = subprocess.run(
+        [*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_other_things_is_left_alone(inputs, capsys):
+    full = inputs / "full"
+    assert cli.main(["demo", "--fresh", "--teacher", "x", "--out", str(full)]) == 2
+    assert "choose another directory" in capsys.readouterr().err
+    assert [path.name for path in full.iterdir()] == ["thesis.txt"]
+
+
+def test_a_wrong_option_costs_no_earlier_run(inputs, tmp_path, capsys):
+    """--fresh removes the run that is there once the new one has passed its checks."""
+    from fastffn.compress.options import Options
+    from fastffn.compress.rundir import RunDirectory
+
+    RunDirectory(Options(out=tmp_path)).phase("text", lambda: {"digest": "before"})
+    before = (tmp_path / "state.json").read_text()
+    absent = str(inputs / "absent")
+    assert cli.main(["demo", "--fresh", "--teacher", absent, "--out", str(tmp_path)]) == 2
+    assert (tmp_path / "state.json").read_text() == before
+
+
+def test_demo_from_end_to_end_and_again(inputs, tmp_path, capsys):
+    """A tiny encoder through every phase; the same command again works for free."""
+    from fastffn import EfficientBertModel
+
+    out = tmp_path / "run"
+    text = f"demo --teacher {inputs}/teacher --text {inputs}/text.txt --minutes 0.02 --out {out}"
+    command = [*text.split(), "--budget-params", "8k"]
+    own = [sys.executable, "-m", "fastffn.cli", *command]
+    done = subprocess.run(own, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "What each part brings" in done.stdout and "{'loss'" not in done.stdout
+    names = {"report.json", "report.md", "state.json", "student"}
+    assert names <= {path.name for path in out.iterdir()}
+    found = json.loads((out / "report.json").read_text())
+    student = found["student"]
+    assert student["params_without_word_embeddings"] <= 8000
+    for part in ("no_search", "no_relations", "vectors_only"):
+        assert -1 <= found["baselines"][part]["spearman"] <= 1
+    model = EfficientBertModel.from_pretrained(out / student["path"])
+    assert sum(p.numel() for p in model.parameters()) == student["params"]
+    assert cli.main(command) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert json.loads((out / "report.json").read_text()) == found

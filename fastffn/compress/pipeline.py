@@ -68,7 +68,7 @@ def run(options: Options, progress: Progress | None = None) -> dict[str, Any]:
 
 def _prepare(options: Options, directory: RunDirectory, progress: Progress) -> Run:
     """Checks everything that can be wrong, then has the teacher's outputs computed."""
-    directory.decide(**schedule.check(options.plan))
+    plan = schedule.check(options.plan)
     progress("text", 0, 2, "teacher")
     teacher = load_teacher(options.teacher)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,6 +80,7 @@ def _prepare(options: Options, directory: RunDirectory, progress: Progress) -> R
     def text() -> dict[str, Any]:
         nonlocal corpus
         corpus = read(options)
+        directory.decide(**plan)  # the first thing written: the input is sound
         if "sentences" not in directory.plan:
             directory.decide(sentences=_affordable(corpus, teacher, options))
         return {"digest": corpus.digest()}

@@ -30,6 +30,10 @@ _STATE = "state.json"
 class RunDirectory:
     """Opens, resumes or empties a run directory.
 
+    Nothing is written, and with `fresh` nothing removed, before there is a first result to keep: a
+    mistake in the options must neither leave a directory that refuses the corrected ones nor cost
+    an earlier run.
+
     Attributes:
         path: the directory.
         work: what is only needed until the run is finished.
@@ -42,10 +46,10 @@ class RunDirectory:
     def __init__(self, options: Options):
         self.path = options.out
         self.work = self.path / "work"
-        _make_writable(self.path)
+        _check_writable(self.path)
         found = self._read(options.fresh)
-        if found is not None and options.fresh:
-            self._clear()
+        self._stale = found is not None and options.fresh
+        if self._stale:
             found = None
         if found is not None:
             _same_options(found["options"], options.identity(), self.path)
@@ -57,8 +61,6 @@ class RunDirectory:
             "kept": {},
             "phases": {},
         }
-        if not self.resumed:
-            self._write()
 
     @property
     def finished(self) -> bool:
@@ -124,7 +126,7 @@ class RunDirectory:
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if next(self.path.iterdir(), None) is None:
+            if not self.path.is_dir() or next(self.path.iterdir(), None) is None:
                 return None
             raise UserError(
                 f"{self.path} is not empty and holds no run of fastffn: choose another directory"
@@ -145,6 +147,9 @@ class RunDirectory:
         (self.path / _STATE).unlink()
 
     def _write(self) -> None:
+        if self._stale:
+            self._clear()
+            self._stale = False
         write_text_atomic(self.path / _STATE, json.dumps(self._state, indent=1) + "\n")
 
 
@@ -167,11 +172,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _make_writable(path: Path) -> None:
+def _check_writable(path: Path) -> None:
+    """Tries it, and leaves no directory that was not there."""
+    absent = not path.is_dir()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+        if absent:
+            path.rmdir()
     except OSError as error:
         raise UserError(
             f"output directory {path} cannot be written ({error.strerror}): choose another"
