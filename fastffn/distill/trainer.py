@@ -48,7 +48,8 @@ class TrainResult:
     Attributes:
         curve: [[step, loss, {part: value}], ...], each the mean since the entry before.
         seconds: of the clock, including those before an interruption.
-        frozen: names of parameters that the losses do not reach and that stayed as they were.
+        frozen: names of parameters that the losses do not reach and that stayed as they were; not
+            determined for a supernet, where this changes with the genes.
     """
 
     curve: list
@@ -194,7 +195,9 @@ def distil(
         raise UserError(f"the teacher's outputs lack {sorted(missing)}: compute them again")
     clock = _Clock(checkpoint_seconds if output_dir else None, progress)
     with contextlib.ExitStack() as stack:
-        frozen = stack.enter_context(_frozen(student, cache, objective, numbers, freeze))
+        # What a supernet's losses reach changes with its genes: nothing is frozen for good.
+        probe = None if genes else cache.batch(numbers[:3], objective.outputs)
+        frozen = stack.enter_context(_frozen(student, objective, probe, freeze))
         folder = output_dir or stack.enter_context(TemporaryDirectory(prefix="fastffn-"))
         args = TrainingArguments(
             output_dir=str(folder),
@@ -283,33 +286,38 @@ def _libraries_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def _frozen(
     student: nn.Module,
-    cache: TeacherCache,
     objective: Objective,
-    numbers: np.ndarray,
+    probe: dict[str, Tensor] | None,
     prefixes: Sequence[str],
 ) -> Iterator[list[str]]:
     """Freezes what was asked for and what no loss reaches; yields the names of the latter.
 
-    Processes that train together would wait for gradients that never come. Found by asking autograd
-    on three sentences, because what is reached depends on objective and genes.
+    Processes that train together would wait for gradients that never come. What is reached depends
+    on objective and genes, so autograd is asked, on the batch `probe` (None: not asked).
     """
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    chosen = [p for name, p in parameters.items() if name.startswith(tuple(prefixes))]
-    for parameter in chosen:
-        parameter.requires_grad_(False)
-    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-    device = next(student.parameters()).device
-    batch = cache.batch(numbers[:3], objective.outputs)
-    batch = {name: value.to(device) for name, value in batch.items()}
-    total = objective.losses(student, batch)["total"]
-    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    unreached = [name for name, grad in zip(parameters, gradients, strict=True) if grad is None]
-    for name in unreached:
-        parameters[name].requires_grad_(False)
-    if unreached:
-        logger.info("not reached by the losses, frozen: %s", ", ".join(unreached))
+    chosen = {name for name in parameters if name.startswith(tuple(prefixes))}
+    unreached: list[str] = []
     try:
+        for name in chosen:
+            parameters[name].requires_grad_(False)
+        if probe is not None:
+            unreached = _unreached(student, objective, probe)
+            for name in unreached:
+                parameters[name].requires_grad_(False)
+        if unreached:
+            logger.info("not reached by the losses, frozen: %s", ", ".join(unreached))
         yield unreached
     finally:
-        for parameter in (*chosen, *(parameters[name] for name in unreached)):
+        for parameter in parameters.values():
             parameter.requires_grad_(True)
+
+
+def _unreached(student: nn.Module, objective: Objective, batch: dict[str, Tensor]) -> list[str]:
+    """Names of the trainable parameters that get no gradient on this batch."""
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    device = next(student.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    total = objective.losses(student, batch)["total"]
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    return [name for name, grad in zip(trained, gradients, strict=True) if grad is None]
