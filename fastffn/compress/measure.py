@@ -6,9 +6,9 @@ import torch
 
 from fastffn.compress import phases
 from fastffn.compress.run import Run
+from fastffn.compress.student import LENGTH
 from fastffn.evaluate import latency, size
 
-LENGTH = 128
 BATCHES = (1, 32)
 _ROUNDS = 20
 

@@ -23,7 +23,7 @@ from torch import nn
 from fastffn.compress import schedule
 from fastffn.compress.run import Run
 from fastffn.compress.rundir import atomic_directory
-from fastffn.compress.student import plain
+from fastffn.compress.student import LENGTH, plain
 from fastffn.distill.trainer import TrainResult, distil
 from fastffn.distill.vectors import encode
 from fastffn.evaluate.retention import retention
@@ -35,6 +35,7 @@ from fastffn.search.space import frozen
 # Values that hold for students of all sizes tried on the demonstration.
 RATE = 1e-3
 EMBEDDINGS = "embeddings."  # candidates keep them: most of their cost, little to gain in few steps
+CHECKPOINT_SECONDS = 30.0  # what an interruption costs at most
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -63,6 +64,7 @@ def train(run: Run, student: nn.Module, steps: int, **options: Any) -> TrainResu
         batch_size=run.batch_size,
         learning_rate=RATE,
         seed=run.options.seed,
+        checkpoint_seconds=CHECKPOINT_SECONDS,
         **options,
     )
 
@@ -169,7 +171,10 @@ def search(run: Run) -> dict[str, Any]:
     )
     run.progress("search", total, total, f"best {result.best['quality']:.3f}")
     trials = [
-        {key: record[key] for key in ("genes", "params", "macs", "quality", "stage")}
+        {
+            **{key: record[key] for key in ("genes", "params", "quality", "stage")},
+            "macs": record["macs"] * LENGTH,
+        }
         for record in result.candidates
     ]
     return {"genes": [str(gene) for gene in result.genes], "trials": trials}

@@ -51,8 +51,8 @@ class RunDirectory:
         self._stale = found is not None and options.fresh
         if self._stale:
             found = None
-        if found is not None:
-            _same_options(found["options"], options.identity(), self.path)
+        if found is not None and not _same_options(found, options.identity(), self.path):
+            found = None
         self.resumed = found is not None
         self._state = found or {
             "format": _FORMAT,
@@ -144,6 +144,8 @@ class RunDirectory:
         """Removes what a run writes and nothing else; the state last: this can be cut short."""
         for name in ("work", "student"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("report.json", "report.md"):
+            (self.path / name).unlink(missing_ok=True)
         (self.path / _STATE).unlink()
 
     def _write(self) -> None:
@@ -187,11 +189,14 @@ def _check_writable(path: Path) -> None:
         ) from None
 
 
-def _same_options(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def _same_options(state: dict[str, Any], now: dict[str, Any], path: Path) -> bool:
+    """Whether the run has these options; False where nothing would be lost with it."""
+    before = state["options"]
     differing = [name for name in now if before.get(name) != now[name]]
-    if differing:
+    if differing and set(state["phases"]) - {"text"}:
         changes = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differing)
         raise UserError(
             f"{path} holds a run with other options ({changes}): use these, choose another "
             "directory, or start over with --fresh"
         )
+    return not differing

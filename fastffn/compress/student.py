@@ -18,6 +18,7 @@ from fastffn.expr import Gene, gene_cost
 from fastffn.models.initialise import bert_encoder, from_teacher
 from fastffn.search.space import Space
 
+LENGTH = 128  # tokens of the sentences for which MACs are counted and latency is measured
 RATIO = 3.5  # teacher over student without word embeddings, unless a budget is given
 _STACKS = (1, 2)
 _FRACTIONS = ("1/4", "1/2", "3/4", "1", "5/4", "3/2", "2")
@@ -33,7 +34,8 @@ class Shape:
         layers: teacher layers that it takes over.
         hidden_size: H.
         width: inner width of the plain FFN that spends the budget.
-        space: of its genes; costs are those of the whole student without word embeddings.
+        space: of its genes; costs are those of the whole student without word embeddings, MACs
+            those of a token among `LENGTH`.
     """
 
     layers: tuple[int, ...]
@@ -88,7 +90,7 @@ def choose(teacher: nn.Module, options: Options) -> Shape:
     """
     config = bert_encoder(teacher).config
     hidden, layers = config.hidden_size, chosen_layers(teacher, options)
-    fixed = _fixed_params(teacher, layers, options.embedding_size)
+    fixed, fixed_macs = _fixed(teacher, layers, options.embedding_size)
     budget = options.budget_params
     if budget is None:
         budget = int(count(teacher, 8)["params_without_word_embeddings"] / RATIO)
@@ -111,16 +113,21 @@ def choose(teacher: nn.Module, options: Options) -> Shape:
         ratios=tuple(ratios),
         params=(fixed + int(_LEAST * spent), budget),
         rest_params=fixed,
+        rest_macs=fixed_macs,
     )
     return Shape(layers, hidden, width, space)
 
 
-def _fixed_params(teacher: nn.Module, layers: tuple[int, ...], embedding_size: int | None) -> int:
-    """Parameters of a student that are neither in FFNs nor word embeddings."""
+def _fixed(
+    teacher: nn.Module, layers: tuple[int, ...], embedding_size: int | None
+) -> tuple[int, int]:
+    """What a student has beside FFNs and word embeddings: (parameters, MACs per token)."""
     gene = Gene.parse(plain(1, teacher.config.hidden_size))
     student = from_teacher(teacher, gene, layers, embedding_size)
-    ffn = len(layers) * gene_cost(gene, teacher.config.hidden_size).params
-    return count(student, 8)["params_without_word_embeddings"] - ffn
+    length = min(LENGTH, student.config.max_position_embeddings)
+    found, ffn = count(student, length), gene_cost(gene, teacher.config.hidden_size)
+    params = found["params_without_word_embeddings"] - len(layers) * ffn.params
+    return params, found["macs"] // length - len(layers) * ffn.macs
 
 
 def chosen_layers(teacher: nn.Module, options: Options) -> tuple[int, ...]:
