@@ -1,12 +1,13 @@
 """How a case is measured: outputs compared first, then all contenders in turn, in one process.
 
 Machines are noisy and drift, so a figure is the ratio of medians over rounds in which every
-contender ran once, in an order that rotates. The medians, the ratios, what the first call cost
+contender ran once, in random order. The medians, the ratios, what the first call cost
 (compilation) and the conditions stand in pytest-benchmark's file as extra_info, which
 `python -m bench report` turns into a table; pytest-benchmark's own columns time fastffn alone.
 """
 
 import ctypes
+import random
 import statistics
 import sys
 import time
@@ -91,9 +92,9 @@ def interleave(benchmark, works: Mapping[str, Work], ours: str, seconds: float =
     times = {name: Timing(timed(work), []) for name, work in works.items()}
     once = sum(min(timed(work) for _ in range(3)) for work in works.values())
     rounds = max(9, min(200, int(seconds / once)))
-    order = list(works)
+    order, shuffle = list(works), random.Random(0).shuffle
     for _ in range(rounds):
-        order.append(order.pop(0))  # everyone follows everyone, and finds the caches they leave
+        shuffle(order)  # everyone follows everyone else as often, and finds the caches they leave
         for name in order:
             times[name].rounds.append(timed(works[name]))
     benchmark.pedantic(works[ours], rounds=5)

@@ -48,12 +48,14 @@ def test_allocation_keeps_inputs_and_meaning(expr):
         inputs = {"grad": 0.6, **POINT}
         assert run(allocated, inputs) == run(program, inputs)
         assert allocated.registers <= program.registers
-        assert all(i.target >= len(program.inputs) for i in allocated.instructions)
+        written = [instruction.target for instruction in allocated.instructions]
+        assert all(register >= len(program.inputs) for register in written)
+        assert all(written.count(output) <= 1 for output in allocated.outputs)
 
 
 def test_registers_are_reused():
     expr = Expr.parse("relu(" * 20 + "a" + ")" * 20)
-    assert forward_program(expr).allocated().registers == 2
+    assert forward_program(expr).allocated().registers == 3  # input, value, output
 
 
 def test_common_subexpressions_are_computed_once():
@@ -83,7 +85,7 @@ def test_backward_of_an_input_is_the_upstream_gradient():
 def test_packed_layout():
     packed = forward_program(Expr.parse("add(a, relu(b))")).packed()
     numbers = memoryview(packed).cast("H").tolist()
-    assert numbers[:4] == [2, 1, 3, 2]  # inputs, outputs, registers, instructions
+    assert numbers[:4] == [2, 1, 4, 2]  # inputs, outputs, registers, instructions
     assert len(numbers) == 4 + 2 * 5 + 1
 
 

@@ -37,6 +37,12 @@ constexpr int64_t kMinBlock = 256;
 constexpr int64_t kMaxBlock = 1024;
 constexpr int64_t kLoneBlock = 16 * 1024;
 
+// From this many instructions on the next block is prefetched, an operand an instruction: so long a
+// block leaves the hardware's prefetchers behind (1.5 times slower without it from 9 instructions
+// on, no faster with it up to 7).
+constexpr int kLongProgram = 8;
+constexpr int64_t kLine = 64;
+
 constexpr int64_t kSerialElements = 16 * 1024;  // fewer: waking threads costs more than they save
 
 template <class T>
@@ -217,30 +223,31 @@ class Worker {
     T* reg[kMaxRegisters];
     std::memcpy(reg, home_, sizeof(T*) * code_.registers);
     const bool whole = n % kLanes == 0;
-    for (int k = 0; k < code_.inputs; ++k) {
+    T* in_place[fastffn::kMaxOperands];  // operands that are used where they lie, else null
+    for (int k = 0; k < call_.count(); ++k) {
       const Operand& operand = call_.operands[k];
-      if (whole && dense_[k]) {
-        reg[k] = reinterpret_cast<T*>(operand.data) + offset[k];  // only read
-      } else {
-        load(reg[k], operand, offset[k], operand.stride[inner_], n);
-      }
-    }
-    for (int k = 0; k < code_.outputs; ++k) {
-      const int operand = code_.inputs + k;
-      if (whole && dense_[operand]) {
-        reg[code_.results[k]] =
-            reinterpret_cast<T*>(call_.operands[operand].data) + offset[operand];
+      const bool input = k < code_.inputs;
+      in_place[k] = whole && dense_[k] ? reinterpret_cast<T*>(operand.data) + offset[k] : nullptr;
+      T*& home = reg[input ? k : code_.results[k - code_.inputs]];
+      if (in_place[k]) {
+        home = in_place[k];  // an input's register is only read
+      } else if (input) {
+        load(home, operand, offset[k], operand.stride[inner_], n);
       }
     }
     const int64_t padded = (n + kLanes - 1) & -kLanes;
+    const int prefetched = code_.length >= kLongProgram ? call_.count() : 0;
     for (int i = 0; i < code_.length; ++i) {
       const Instruction& at = code_.instructions[i];
+      if (i < prefetched && in_place[i]) {
+        for (int64_t j = n; j < 2 * n; j += kLine / sizeof(T)) __builtin_prefetch(in_place[i] + j);
+      }
       Loops<T>::table[at.opcode](reg[at.target], reg[at.source[0]], reg[at.source[1]],
                                  reg[at.source[2]], padded);
     }
     for (int k = 0; k < code_.outputs; ++k) {
       const int operand = code_.inputs + k;
-      if (whole && dense_[operand]) continue;
+      if (in_place[operand]) continue;
       const Operand& to = call_.operands[operand];
       store(reg[code_.results[k]], to, offset[operand], to.stride[inner_], n);
     }

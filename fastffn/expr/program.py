@@ -84,7 +84,8 @@ class Program:
     def allocated(self) -> "Program":
         """The same program with registers reused as soon as their value is dead.
 
-        Input registers are never written: an executor may let them stand for the caller's memory.
+        Input registers are never written, and those of outputs by one instruction only: an executor
+        may let them stand for the caller's memory.
         """
         last = {}
         for index, instruction in enumerate(self.instructions):
@@ -101,7 +102,7 @@ class Program:
             for source in dict.fromkeys(instruction.sources):
                 if last[source] == index and place[source] >= len(self.inputs):
                     free.append(place[source])
-            if free:
+            if free and instruction.target not in self.outputs:
                 target = free.pop()
             else:
                 target, count = count, count + 1

@@ -58,6 +58,10 @@ class Expr:
         return self.op == _INPUT
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:  # kept, like the hash: every call of an op names its expression
         return self.name if self.is_leaf else f"{self.op}({', '.join(map(str, self.args))})"
 
     def __hash__(self) -> int:

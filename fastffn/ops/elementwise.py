@@ -38,8 +38,8 @@ def elementwise(expr: Expr | str, **inputs: Tensor) -> Tensor:
             bfloat16 and float16 are computed in float32 and rounded once, to nearest even.
 
     Returns:
-        A new tensor of the broadcast shape. It is differentiable once; for gradients of gradients
-        use `fastffn.ops.reference.elementwise`.
+        A tensor of the broadcast shape. It is differentiable once; for gradients of gradients use
+        `fastffn.ops.reference.elementwise`. (A lone add, mul or relu is torch's own operator.)
 
     Raises:
         ExprError: the text is no expression.
@@ -51,6 +51,9 @@ def elementwise(expr: Expr | str, **inputs: Tensor) -> Tensor:
         _check_names(text, names, inputs)
     tensors = [inputs[name] for name in names]
     _check_tensors(names, tensors)
+    if _is_torchs_own(text):
+        _shape(tensors)
+        return reference.elementwise(_compiled(text).expr, inputs)
     return _autograd(text, tensors) if _plain(tensors) else _forward_op(text, tensors)
 
 
@@ -60,9 +63,18 @@ def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...]]:
     return text, _compiled(text).expr.inputs
 
 
-# torch.compile then calls it while tracing instead of tracing it. This is all that
+def _is_torchs_own(text: str) -> bool:
+    """Whether the expression is one operation that memory bounds in both directions: nothing is
+    left to fuse, and torch's own operator has the lower overhead per call.
+    """
+    expr = _compiled(text).expr
+    return expr.height == 1 and expr.op in ("add", "mul", "relu")
+
+
+# torch.compile then calls them while tracing instead of tracing them. This is all that
 # torch.compiler.assume_constant_result does, without its import of the whole compiler (1.6 s).
 _describe._dynamo_marked_constant = True
+_is_torchs_own._dynamo_marked_constant = True
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
