@@ -239,6 +239,8 @@ def _add(commands, name: str, run, text: str, resume=lambda arguments: "") -> _P
 
 
 def _resume_demo(arguments: argparse.Namespace) -> str:
+    if not (arguments.out / "state.json").exists():
+        return " before anything was done; run the same command again"
     return f": {arguments.out} keeps what is done; run the same command again to resume"
 
 
