@@ -373,7 +373,7 @@ def test_steps_follow_from_time_and_speed():
 
 
 def test_a_run_without_a_plan_makes_one(inputs, tmp_path):
-    values = {**inputs, "plan": None, "minutes": 0.15}
+    values = {**inputs, "plan": None, "minutes": 0.06}
     report = pipeline.run(Options(**values, out=tmp_path / "run"))
     assert set(report["plan"]) == set(schedule.NAMES)
     assert all(report["plan"][name] >= schedule.LEAST[name] for name in schedule.NAMES)

@@ -109,7 +109,7 @@ def warm_up(run: Run) -> dict[str, Any]:
     genes = sandwich(run)
     supernet.set_genes(genes(0))
     if "warmup_steps" not in run.plan:
-        cost = run.seconds_per_step(supernet)
+        cost = run.seconds_per_step(supernet, genes=genes)
         share = schedule.WARMUP * run.seconds_left()
         run.decide(warmup_steps=schedule.steps("warmup_steps", share, cost))
     result = train(
@@ -134,7 +134,7 @@ def search(run: Run) -> dict[str, Any]:
     supernet, space = load_supernet(run), run.shape.space
     if not {"candidates", "candidate_steps"} <= run.plan.keys():
         probe = extract(supernet, run.shape.plain)
-        cost = run.seconds_per_step(probe, (EMBEDDINGS,))
+        cost = run.seconds_per_step(probe, freeze=(EMBEDDINGS,))
         left = run.seconds_left() / (1 - schedule.WARMUP)
         count, steps = schedule.candidates(schedule.SEARCH * left, cost)
         run.decide(candidates=count, candidate_steps=steps)

@@ -1,9 +1,10 @@
 """What the phases of one run share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,9 +78,11 @@ class Run:
         reserve = 0 if "measure" in seconds else schedule.MEASURE
         return (1 - reserve) * 60 * self.options.minutes - sum(seconds.values())
 
-    def seconds_per_step(self, student: nn.Module, freeze: Sequence[str] = ()) -> float:
+    def seconds_per_step(self, student: nn.Module, **options: Any) -> float:
+        """Of training this student; `options` as in `distil`."""
+        train = self.numbers("train")
         return schedule.seconds_per_step(
-            student, self.cache, self.objective, self.numbers("train"), self.batch_size, freeze
+            student, self.cache, self.objective, train, self.batch_size, **options
         )
 
     def steps(self, phase: str, before: int = 0, total: int | None = None, text: str = ""):
