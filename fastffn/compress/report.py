@@ -184,6 +184,8 @@ def terminal(report: Mapping, files: Mapping[str, Path] | None = None, console=N
     console.print(escape(summary(plain)), style="bold", highlight=False)
     if files:
         folder = next(iter(files.values())).parent
-        console.print(f"Report: {escape(str(folder / 'report.md'))}", highlight=False, soft_wrap=True)
+        console.print(
+            f"Report: {escape(str(folder / 'report.md'))}", highlight=False, soft_wrap=True
+        )
         student = folder / ((plain.get("student") or {}).get("path") or _TARGET)
         console.print(f"Student: {escape(str(student))}", highlight=False, soft_wrap=True)
