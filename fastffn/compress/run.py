@@ -73,10 +73,10 @@ class Run:
         self.directory.decide(**numbers)
 
     def seconds_left(self) -> float:
-        """Of the time for everything, without what the measurement still needs."""
+        """Of the time for everything, without what the measurement still needs; never below 0."""
         seconds = self.directory.seconds()
         reserve = 0 if "measure" in seconds else schedule.MEASURE
-        return (1 - reserve) * 60 * self.options.minutes - sum(seconds.values())
+        return max(0.0, (1 - reserve) * 60 * self.options.minutes - sum(seconds.values()))
 
     def seconds_per_step(self, student: nn.Module, **options: Any) -> float:
         """Of training this student; `options` as in `distil`."""
