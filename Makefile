@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+RUNS ?= 3
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -29,9 +30,13 @@ test: install
 demo: install
 	$(BIN)/fastffn demo $(ARGS)
 
+# Several runs, reported as medians: one run on a shared machine proves little.
 bench: install
-	@mkdir -p runs/bench
-	$(BIN)/python -m pytest bench --benchmark-json=runs/bench/latest.json $(ARGS)
+	@mkdir -p runs/bench && rm -f runs/bench/*.json
+	for run in $$(seq $(RUNS)); do \
+	  $(BIN)/python -m pytest -q bench --benchmark-columns=median --benchmark-json=runs/bench/$$run.json $(ARGS) || exit; \
+	done
+	$(BIN)/python -m bench report runs/bench/*.json
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,43 +1,143 @@
-"""A pytest-benchmark result file as a table: medians and ratios, one row a case."""
+"""Results of pytest-benchmark as a table, a picture, and the compact file that is committed.
+
+Several runs of the same benchmark become one result: of each case the median over the runs, of the
+milliseconds and of the ratios by themselves. One run on a shared machine proves little.
+"""
 
 import json
+import platform
+import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastffn.errors import UserError
+from fastffn.files import atomic_path, write_text_atomic
 
 
-def load(path: str | Path) -> dict:
-    """The result file at `path`.
+def load(paths: Sequence[str | Path]) -> dict[str, Any]:
+    """The runs at `paths` as one result.
+
+    Returns:
+        {"date", "commit", "device", "versions", "runs", "cases": [{"case", "threads", "median_ms",
+        "first_call_ms", "ratio"}]}; the conditions are those of the first run. A file that `save`
+        wrote is returned as it is.
 
     Raises:
-        UserError: it is absent or no such file.
+        UserError: a file is absent or no result.
     """
+    runs = [_read(path) for path in paths]
+    if len(runs) == 1 and "cases" in runs[0]:
+        return runs[0]
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for path, run in zip(paths, runs, strict=True):
+        if "benchmarks" not in run:
+            raise UserError(f"{path}: not a result of pytest-benchmark --benchmark-json")
+        for case in run["benchmarks"]:
+            if "ratio" in case["extra_info"]:
+                cases.setdefault(case["group"], []).append(case["extra_info"])
+    first = runs[0]
+    return {
+        "date": first["datetime"][:10],
+        "commit": (first["commit_info"].get("id") or "")[:12]
+        + ("+" if first["commit_info"].get("dirty") else ""),
+        "device": _device(first["machine_info"]),
+        "versions": first["machine_info"].get("versions", {}),
+        "runs": len(runs),
+        "cases": [
+            {
+                "case": name,
+                "threads": infos[0]["threads"],
+                **{
+                    key: _medians([info[key] for info in infos if key in info])
+                    for key in ("median_ms", "first_call_ms", "ratio")
+                },
+            }
+            for name, infos in cases.items()
+        ],
+    }
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {"benchmarks": result["benchmarks"], "machine_info": result["machine_info"]}
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; make one with pytest --benchmark-json {path}"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a result of pytest-benchmark --benchmark-json") from None
+        raise UserError(f"{path}: no such file; pytest --benchmark-json {path} makes one") from None
+    except ValueError:
+        raise UserError(f"{path}: not a JSON file") from None
+    if not isinstance(run, dict):
+        raise UserError(f"{path}: not a result of pytest-benchmark --benchmark-json")
+    return run
 
 
-def table(result: dict) -> str:
+def _device(machine: dict[str, Any]) -> str:
+    cpu = machine.get("cpu") or {}
+    gpu = machine.get("gpu")
+    name = f"{cpu.get('brand_raw', platform.machine())}, {cpu.get('count', '?')} cores"
+    return f"{gpu}; {name}" if gpu else name
+
+
+def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: round(statistics.median([row[name] for row in rows if name in row]), 4)
+        for name in names
+    }
+
+
+def save(result: dict[str, Any], path: str | Path) -> None:
+    """Writes the compact result, a line a case, whole or not at all."""
+    text = json.dumps(result, indent=1)
+    text = re.sub(r"\{\s+([^{}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
+    write_text_atomic(path, text + "\n")
+
+
+def table(result: dict[str, Any]) -> str:
     """Markdown: the case, milliseconds of each contender, and how many times faster fastffn is."""
-    cases = [case for case in result["benchmarks"] if "ratio" in case["extra_info"]]
-    rivals = list(dict.fromkeys(name for case in cases for name in case["extra_info"]["ratio"]))
+    rivals = list(dict.fromkeys(name for case in result["cases"] for name in case["ratio"]))
     header = ["case", "fastffn ms", *(f"{name} ms" for name in rivals), *(f"x {n}" for n in rivals)]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    for case in cases:
-        info = case["extra_info"]
-        times = [info["median_ms"].get(name) for name in ("fastffn", *rivals)]
-        ratios = [info["ratio"].get(name) for name in rivals]
+    for case in result["cases"]:
+        times = [case["median_ms"].get(name) for name in ("fastffn", *rivals)]
+        ratios = [case["ratio"].get(name) for name in rivals]
         lines.append(
             [
-                case["group"] or case["name"],
+                case["case"],
                 *("" if t is None else f"{t:.3g}" for t in times),
                 *("" if r is None else f"{r:.2f}" for r in ratios),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    runs = f"median of {result['runs']} runs" if result["runs"] > 1 else "one run"
+    conditions = f"{result['device']}; {versions}; {result['date']}, {result['commit']}; {runs}"
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", conditions])
+
+
+def picture(result: dict[str, Any], path: str | Path) -> None:
+    """Bars of the ratios, one group a case; 1 is as fast as the rival.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('pictures need matplotlib: pip install "fastffn[demo]"') from None
+    cases = result["cases"]
+    rivals = list(dict.fromkeys(name for case in cases for name in case["ratio"]))
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(rivals)
+    for index, rival in enumerate(rivals):
+        rows = [(i, case["ratio"][rival]) for i, case in enumerate(cases) if rival in case["ratio"]]
+        places = [i + (index - (len(rivals) - 1) / 2) * height for i, _ in rows]
+        axes.barh(places, [ratio for _, ratio in rows], height, label=rival)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(cases)), [case["case"] for case in cases], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("times faster than")
+    axes.legend(loc="lower right")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
