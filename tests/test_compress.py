@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def test_each_baseline_differs_only_in_what_it_says(finished, inputs, monkeypatc
     assert field["no_relations"].objective == phases.without(run, "relations")
     only = field["vectors_only"].objective
     assert only.vector == full.objective.vector
-    assert only.hidden == only.relations == only.similarity == 0
+    assert only.hidden == only.relations == 0
 
 
 # -- interruption --------------------------------------------------------------------------------
@@ -288,6 +289,17 @@ def test_text_that_changed_is_refused(inputs, tmp_path):
         pipeline.run(options, stop_at("warmup", 2))
     write_text(text, sentences=310)
     with pytest.raises(UserError, match="text changed"):
+        pipeline.run(options)
+
+
+def test_a_teacher_that_changed_is_refused(inputs, tmp_path):
+    teacher = save_teacher(tmp_path / "teacher")
+    options = Options(**{**inputs, "teacher": str(teacher)}, out=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(options, stop_at("warmup", 2))
+    shutil.rmtree(teacher)
+    save_teacher(teacher, layer_norm_eps=1e-3)
+    with pytest.raises(UserError, match="teacher changed"):
         pipeline.run(options)
 
 

@@ -10,7 +10,7 @@ from tiny_teacher import save_teacher, write_text
 from fastffn.data.text import read_documents
 from fastffn.distill.batches import LengthSampler
 from fastffn.distill.cache import TeacherCache
-from fastffn.distill.objective import Objective, similarity_kl
+from fastffn.distill.objective import Objective
 from fastffn.distill.teacher import load_teacher
 from fastffn.distill.trainer import distil, last_checkpoint
 from fastffn.distill.vectors import encode
@@ -68,21 +68,20 @@ def test_the_teacher_itself_has_no_loss(teacher, cache):
     whole = from_teacher(teacher.model, "1x4 down(gelu_erf(up(x)))", range(4))
     full = objective(layer_map=tuple((k, k) for k in range(5)))
     losses = full.losses(whole, cache.batch(range(20)))
-    assert set(losses) == {"total", "hidden", "relations", "vector", "similarity"}
+    assert set(losses) == {"total", "hidden", "relations", "vector"}
     assert all(abs(value) < 1e-4 for value in losses.values())
 
 
 def test_total_is_the_weighted_sum(student, cache):
     batch = cache.batch(range(16))
     parts = objective().losses(student, batch)
-    weighted = objective(hidden=2.0, relations=0.5, vector=3.0, similarity=0.25)
+    weighted = objective(hidden=2.0, relations=0.5, vector=3.0)
     expected = 2 * parts["hidden"] + 0.5 * parts["relations"] + 3 * parts["vector"]
-    expected = expected + 0.25 * parts["similarity"]
     torch.testing.assert_close(weighted.losses(student, batch)["total"], expected)
 
 
 def test_what_weighs_nothing_is_neither_read_nor_computed(student, cache):
-    only = objective(hidden=0, relations=0, similarity=0)
+    only = objective(hidden=0, relations=0)
     assert only.outputs == ("vector",)
     losses = only.losses(student, cache.batch(range(8), only.outputs))
     assert set(losses) == {"total", "vector"}
@@ -91,7 +90,7 @@ def test_what_weighs_nothing_is_neither_read_nor_computed(student, cache):
 def test_layers_weigh_alike_whatever_their_scale(student, cache):
     """The hidden loss is the share of variance that the student misses."""
     batch = cache.batch(range(16))
-    alone = objective(layer_map=((2, 4),), relations=0, vector=0, similarity=0)
+    alone = objective(layer_map=((2, 4),), relations=0, vector=0)
     real = batch["attention_mask"].bool()
     theirs = batch["teacher_hidden_4"][real]
     ours = student(
@@ -101,29 +100,13 @@ def test_layers_weigh_alike_whatever_their_scale(student, cache):
     torch.testing.assert_close(alone.losses(student, batch)["hidden"], expected)
 
 
-def test_similarity_compares_rows_without_the_diagonal():
-    torch.manual_seed(0)
-    ours, theirs = torch.randn(2, 5, 8).unbind()
-    rows = []
-    for k in range(5):
-        others = [j for j in range(5) if j != k]
-        p = torch.softmax(theirs[k] @ theirs[others].T / 0.5, -1)
-        q = torch.softmax(ours[k] @ ours[others].T / 0.5, -1)
-        rows.append((p * (p / q).log()).sum())
-    torch.testing.assert_close(similarity_kl(ours, theirs, 0.5), torch.stack(rows).mean())
-    assert similarity_kl(theirs, theirs, 0.5).abs() < 1e-6
-    assert similarity_kl(ours[:2], theirs[:2], 0.5) == 0
-
-
 def test_bad_objectives():
     with pytest.raises(UserError, match="must not be negative"):
         objective(hidden=-1)
     with pytest.raises(UserError, match="must not be negative nor all 0"):
-        objective(hidden=0, relations=0, vector=0, similarity=0)
+        objective(hidden=0, relations=0, vector=0)
     with pytest.raises(UserError, match="layer map"):
         objective(layer_map=())
-    with pytest.raises(UserError, match="temperature"):
-        objective(temperature=0)
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -135,7 +118,7 @@ def test_losses_fall_and_the_student_comes_closer(student, cache):
     first, last = result.curve[0], result.curve[-1]
     assert last[0] == 60 and last[1] < 0.7 * first[1]
     assert all(last[2][part] < first[2][part] for part in first[2])
-    assert set(first[2]) == {"hidden", "relations", "vector", "similarity"}
+    assert set(first[2]) == {"hidden", "relations", "vector"}
     after, truth = encode(student, cache, range(len(cache))), cache.vectors(range(len(cache)))
     assert (after * truth).sum(-1).mean() > (before * truth).sum(-1).mean()
     assert not student.training and result.frozen == [] and result.seconds > 0
@@ -143,7 +126,7 @@ def test_losses_fall_and_the_student_comes_closer(student, cache):
 
 def test_unreached_parameters_are_frozen_and_named(student, cache):
     before = weights(student)
-    attention_only = objective(hidden=0, vector=0, similarity=0)
+    attention_only = objective(hidden=0, vector=0)
     result = distil(student, cache, attention_only, 2, batch_size=8, weight_decay=0.1)
     # Relations of the last layer's queries, keys and values see nothing that comes after them.
     last = "encoder.layer.1."

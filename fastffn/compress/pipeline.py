@@ -120,10 +120,15 @@ def _prepare(options: Options, directory: RunDirectory, progress: Progress) -> R
     def outputs() -> dict[str, Any]:
         nonlocal cache
         cache = compute()
-        return {"tokens": int(cache.lengths[corpus.numbers("train")].sum())}
+        tokens = int(cache.lengths[corpus.numbers("train")].sum())
+        return {"tokens": tokens, "fingerprint": cache.fingerprint}
 
-    directory.phase("teacher", outputs)
+    known = directory.phase("teacher", outputs)
     cache = cache or compute()
+    if cache.fingerprint != known["fingerprint"]:
+        raise UserError(
+            f"the teacher changed since the run in {options.out} began: start over with --fresh"
+        )
     return Run(options, directory, progress, teacher, corpus, cache, shape, objective)
 
 

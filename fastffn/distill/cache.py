@@ -48,6 +48,7 @@ class TeacherCache:
         lengths: tokens of each sentence, int64 [sentences].
         outputs: names of what is stored: "hidden_0", ..., "q", "k", "v", "vector".
         pad_token_id: what `batch` fills input ids with.
+        fingerprint: of all that the outputs depend on, the teacher's weights and the text too.
     """
 
     def __init__(self, directory: str | Path):
@@ -57,6 +58,7 @@ class TeacherCache:
             raise UserError(f"{directory} holds no teacher outputs: compute them first")
         self.outputs: tuple[str, ...] = tuple(index["outputs"])
         self.pad_token_id: int = index["pad_token_id"]
+        self.fingerprint: str = index["fingerprint"]
         names = ("tokens", "offsets", *self.outputs)
         self._arrays = {
             name: np.load(self.directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)

@@ -3,24 +3,22 @@
     hidden      [batch, length, width] of the embeddings and of each mapped layer
     relations   softmax(x x^T) of the last layer's queries, keys and values (MiniLMv2, 2012.15828)
     vector      1 - cosine of the two sentence vectors
-    similarity  the sentences of a batch compared with each other, as the student sees it and as
-                the teacher does
 
 Every term is free of units, so that weights near 1 make sense for any teacher: `hidden` is the
 squared error divided by the variance of that teacher layer over the batch, the share of variance
 that the student does not explain, and layers with large activations weigh no more than others.
 Its value is the mean over the mapped layers.
 
-`similarity` is the KL divergence between two softmax distributions over the batch's other
-sentences, of cosines divided by a temperature. It is what the other three do not ask for:
-who is nearest to whom. It costs one [batch, batch] product.
+Why no loss on the similarities within a batch, which is what retention measures: the KL divergence
+between the two models' softmax over a batch's other sentences was tried. all-MiniLM-L6-v2 to three
+layers, 400 steps of 64 sentences, temperature 0.1: rank correlation 0.849 with it and 0.867
+without, same nearest neighbour 0.628 and 0.653. It drowns what the hidden states teach.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastffn.distill.capture import capture
@@ -29,7 +27,7 @@ from fastffn.errors import UserError
 from fastffn.losses import attention_relations, hidden_mse, vector_cosine
 
 RELATED = ("q", "k", "v")
-PARTS = ("hidden", "relations", "vector", "similarity")
+PARTS = ("hidden", "relations", "vector")
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,8 @@ class Objective:
     Attributes:
         layer_map: pairs (student hidden state, teacher hidden state); 0 is the embeddings' output,
             k that of layer k counted from 1.
-        hidden, relations, vector, similarity: weights; what weighs 0 is not computed.
+        hidden, relations, vector: weights; what weighs 0 is not computed.
         relation_heads: relation heads, a divisor of both widths.
-        temperature: of `similarity`.
         pooling: how sentence vectors are made, "mean" or "cls".
 
     Raises:
@@ -52,9 +49,7 @@ class Objective:
     hidden: float = 1.0
     relations: float = 1.0
     vector: float = 1.0
-    similarity: float = 1.0
     relation_heads: int = 12
-    temperature: float = 0.1
     pooling: str = "mean"
 
     def __post_init__(self):
@@ -63,15 +58,13 @@ class Objective:
             raise UserError(f"the weights of the losses {weights} must not be negative nor all 0")
         if self.hidden and not self.layer_map:
             raise UserError("hidden states need a layer map: which student layer follows which")
-        if self.temperature <= 0:
-            raise UserError(f"temperature {self.temperature} is not a positive number")
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the teacher outputs that a `TeacherCache` batch must hold."""
         hidden = {f"hidden_{layer}": None for _, layer in self.layer_map if self.hidden}
         related = RELATED if self.relations else ()
-        vector = ("vector",) if self.vector or self.similarity else ()
+        vector = ("vector",) if self.vector else ()
         return (*hidden, *related, *vector)
 
     def losses(self, student: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,13 +95,9 @@ class Objective:
             parts["relations"] = attention_relations(
                 states, teacher, num_heads=self.relation_heads, attention_mask=mask
             )
-        if self.vector or self.similarity:
+        if self.vector:
             ours = sentence_vectors(outputs.last_hidden_state, mask, self.pooling)
-            theirs = batch["teacher_vector"]
-            if self.vector:
-                parts["vector"] = vector_cosine(ours, theirs)
-            if self.similarity:
-                parts["similarity"] = similarity_kl(ours, theirs, self.temperature)
+            parts["vector"] = vector_cosine(ours, batch["teacher_vector"])
         total = sum(getattr(self, name) * value for name, value in parts.items())
         return {"total": total, **parts}
 
@@ -118,28 +107,6 @@ class Objective:
             theirs = batch[f"teacher_hidden_{there}"]
             terms.append(hidden_mse(ours[here], theirs, mask) / _variance(theirs, mask))
         return torch.stack(terms).mean()
-
-
-def similarity_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean KL divergence of who is similar to whom within a batch.
-
-    Each sentence has a distribution over the others, softmax(cosine / temperature).
-
-    Args:
-        student, teacher: [batch, width] each, unit vectors; the widths may differ.
-
-    Returns:
-        A scalar in nats; 0 for a batch of fewer than three, which has nothing to compare.
-    """
-    count = len(student)
-    if count < 3:
-        return student.sum() * 0
-    others = ~torch.eye(count, dtype=torch.bool, device=student.device)
-    scores = [
-        (x @ x.mT / temperature)[others].view(count, count - 1).log_softmax(-1)
-        for x in (student.float(), teacher.float())
-    ]
-    return F.kl_div(*scores, reduction="batchmean", log_target=True)
 
 
 def _variance(teacher: Tensor, mask: Tensor) -> Tensor:
