@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_teacher import save_teacher, write_text
@@ -382,6 +383,12 @@ def test_steps_follow_from_time_and_speed():
     assert more > count and longer > steps
     fewer, shortest = schedule.candidates(10, 0.2)
     assert fewer < count and shortest >= schedule.LEAST["candidate_steps"]
+
+
+def test_tokens_of_a_step_count_padding():
+    lengths = np.array([3, 9, 5, 4])
+    assert schedule.tokens_per_step(lengths, 2) == (2 * 4 + 2 * 9) / 2
+    assert schedule.tokens_per_step(lengths, 4) == 4 * 9
 
 
 def test_a_run_without_a_plan_makes_one(inputs, tmp_path):

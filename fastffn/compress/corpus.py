@@ -16,7 +16,7 @@ import numpy as np
 from fastffn.compress.options import Options
 from fastffn.data.text import Document, hold_out, read_documents, stdlib_documents
 
-_VALIDATION = 256  # sentences; each candidate is judged on all of them
+_VALIDATION = 400  # sentences; each candidate is judged on all of them
 _HELD_OUT = 2000
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastffn.distill.batches import LengthSampler
 from fastffn.distill.cache import TeacherCache
 from fastffn.distill.objective import Objective
 from fastffn.distill.teacher import Teacher
@@ -94,11 +95,13 @@ def seconds_per_step(
     batch_size: int,
     **options: Any,
 ) -> float:
-    """Measured by training a copy on a few batches whose lengths are spread like the text's."""
+    """Measured by training a copy on a few batches whose lengths are spread like the text's.
+
+    A few batches need more padding than many, so that what is measured is the time for a token.
+    """
     by_length = numbers[np.argsort(cache.lengths[numbers], kind="stable")]
     count = min(len(numbers), _PROBE * batch_size)
     spread = by_length[np.linspace(0, len(numbers) - 1, count).astype(int)]
-    model = copy.deepcopy(model)
     times = []
 
     def tick(done: int, total: int) -> None:
@@ -106,7 +109,7 @@ def seconds_per_step(
 
     batches = -(-count // batch_size)
     distil(
-        model,
+        copy.deepcopy(model),
         cache,
         objective,
         2 * batches,
@@ -117,4 +120,13 @@ def seconds_per_step(
         **options,
     )
     # The first pass over the batches allocates; the second one is measured.
-    return (times[-1] - times[batches - 1]) / batches
+    seconds = (times[-1] - times[batches - 1]) / batches
+    measured, real = (tokens_per_step(cache.lengths[k], batch_size) for k in (spread, numbers))
+    return seconds * real / measured
+
+
+def tokens_per_step(lengths: np.ndarray, batch_size: int) -> float:
+    """Mean over an epoch, padding included."""
+    order = np.array(list(LengthSampler(lengths, batch_size)))
+    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    return float(np.mean([len(batch) * lengths[batch].max() for batch in batches]))
