@@ -168,7 +168,9 @@ def test_ablate_trains_the_baselines_as_long_as_the_student(inputs, tmp_path):
     assert compared["budget"]["what"] == "full"
     assert compared["budget"]["steps"] == PLAN["warmup_steps"] + PLAN["distil_steps"]
     assert compared["searched"]["spearman"] == report["retention"]["spearman"]
-    assert "factorised to 8" in report["embedding_effect"]
+    effect = report["embedding_effect"]
+    assert effect["factorised to 8"]["params"] < effect["the teacher's own, 24"]["params"]
+    assert effect["the teacher's own, 24"]["params"] == report["student"]["params"]
 
 
 # -- the baselines -------------------------------------------------------------------------------
@@ -324,6 +326,14 @@ def test_bad_input_is_refused_before_any_work(inputs, tmp_path, changes, message
         pipeline.run(Options(**{**inputs, **changes}, out=tmp_path / "run"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run/work/teacher").exists()
+
+
+def test_too_little_to_judge_by(inputs, tmp_path):
+    text = tmp_path / "text.txt"
+    lines = [f"Bara {a} kiti {b} luvo." for a in ("doti", "lura", "meno") for b in range(70)]
+    text.write_text("\n\n".join([" ".join(lines[:-2]), *lines[-2:]]), encoding="utf-8")
+    with pytest.raises(UserError, match="left to judge by: 1, at least 5"):
+        pipeline.run(Options(**{**inputs, "text": (text,)}, out=tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

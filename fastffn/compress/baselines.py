@@ -11,7 +11,7 @@ number of steps.
 
 The short budget is what the time of the run leaves; the student, which had far more, is not
 comparable to it, so `searched` is trained again. The full one is the student's own (warm-up and
-distillation together), and `searched` is the student.
+distillation together), and `searched` is the student, which came by way of the supernet.
 """
 
 from dataclasses import dataclass
@@ -49,12 +49,12 @@ def contenders(run: Run, genes: list[str]) -> dict[str, Contender]:
     }
 
 
-def run_all(run: Run, genes: list[str], student: dict[str, Any]) -> dict[str, Any]:
+def run_all(run: Run, genes: list[str], student: dict[str, float]) -> dict[str, Any]:
     """Trains and judges the baselines, each once: an interrupted run keeps those it has.
 
     Args:
         genes: the winner's.
-        student: the distilled student's retention.
+        student: the distilled student's retention and size.
 
     Returns:
         {"baselines": as in the report, "embedding_effect": the same or None, "seconds"}.

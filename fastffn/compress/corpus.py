@@ -15,9 +15,11 @@ import numpy as np
 
 from fastffn.compress.options import Options
 from fastffn.data.text import Document, hold_out, read_documents, stdlib_documents
+from fastffn.errors import UserError
 
 _VALIDATION = 400  # sentences; each candidate is judged on all of them
 _HELD_OUT = 2000
+_LEAST = 5  # sentences to judge by
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,24 @@ def read(options: Options) -> Corpus:
     """The sentences of the user's files, or of the standard library.
 
     Raises:
-        UserError: missing, unreadable or too little text.
+        UserError: missing, unreadable or too little text, or so few documents that a judging part
+            has too little.
     """
     documents = stdlib_documents() if options.text is None else read_documents(options.text)
     train, held_out = hold_out(documents, 0.1, options.seed)
     train, validation = hold_out(train, 0.05, options.seed + 1)
-    return Corpus(
+    corpus = Corpus(
         _sentences(train),
         _some(_sentences(validation), _VALIDATION, options.seed),
         _some(_sentences(held_out), _HELD_OUT, options.seed),
     )
+    least = min(len(corpus.validation), len(corpus.held_out))
+    if least < _LEAST:
+        raise UserError(
+            f"sentences left to judge by: {least}, at least {_LEAST} are needed: "
+            "give more text, or text in more files"
+        )
+    return corpus
 
 
 def _sentences(documents: list[Document]) -> list[str]:

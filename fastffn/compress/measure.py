@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastffn.compress import phases
+from fastffn.compress import phases, schedule
 from fastffn.compress.run import Run
 from fastffn.compress.student import LENGTH
 from fastffn.evaluate import latency, size
@@ -23,7 +23,7 @@ def measurement(run: Run, genes: list[str]) -> dict[str, Any]:
     teacher = run.teacher.model
     models = {"teacher": teacher, "student": student}
     length = min(LENGTH, *(model.config.max_position_embeddings for model in models.values()))
-    seconds = 0.4 * phases.schedule.MEASURE * 60 * run.options.minutes / len(BATCHES)
+    seconds = 0.4 * schedule.MEASURE * 60 * run.options.minutes / len(BATCHES)
     timed = {}
     for number, batch in enumerate(BATCHES):
         text = f"latency, batch {batch}"
@@ -53,6 +53,15 @@ def measurement(run: Run, genes: list[str]) -> dict[str, Any]:
         result[f"speedup_b{batch}"] = _ratio(figures, f"latency_ms_b{batch}")
     run.progress("measure", len(BATCHES) + 1, len(BATCHES) + 1, "")
     return result
+
+
+def judged(measured: dict[str, Any]) -> dict[str, float]:
+    """The student's figures in the form of a baseline's."""
+    sizes = ("params", "params_without_word_embeddings")
+    return {
+        **{name: measured["retention"][name] for name in ("spearman", "top1", "top10")},
+        **{name: measured["student"][name] for name in sizes},
+    }
 
 
 def machine() -> dict[str, Any]:

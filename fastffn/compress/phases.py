@@ -14,7 +14,6 @@ the same way). Functions are judged after steps of their own.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -24,6 +23,7 @@ from fastffn.compress import schedule
 from fastffn.compress.run import Run
 from fastffn.compress.rundir import atomic_directory
 from fastffn.compress.student import LENGTH, plain
+from fastffn.distill.objective import Objective
 from fastffn.distill.trainer import TrainResult, distil
 from fastffn.distill.vectors import encode
 from fastffn.evaluate.retention import retention
@@ -151,12 +151,8 @@ def search(run: Run) -> dict[str, Any]:
             return math.nan
         return judge(run, candidate, "validation")["spearman"]
 
-    finished = 0
-
     def progress(stage: str, record: dict[str, Any], done: int, of: int) -> None:
-        nonlocal finished
-        before = total - fine if stage == "fine" else 0
-        finished = before + done
+        finished = done + (total - fine if stage == "fine" else 0)
         quality = "diverged" if record["quality"] is None else f"{record['quality']:.3f}"
         run.progress("search", finished, total, f"{stage}: {quality}")
 
@@ -210,9 +206,9 @@ def save(run: Run, student: nn.Module) -> None:
 
 
 def load_student(run: Run) -> nn.Module:
-    return EfficientBertModel.from_pretrained(Path(run.student_path)).to(run.device)
+    return EfficientBertModel.from_pretrained(run.student_path).to(run.device)
 
 
-def without(run: Run, *losses: str):
+def without(run: Run, *losses: str) -> Objective:
     """The run's objective with some losses left out."""
     return replace(run.objective, **dict.fromkeys(losses, 0.0))

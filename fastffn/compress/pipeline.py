@@ -64,7 +64,8 @@ def run(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     measured = directory.phase("measure", lambda: measure.measurement(made, genes))
     with freed_memory_kept():
         against = directory.phase(
-            "baselines", lambda: baselines.run_all(made, genes, measured["retention"])
+            "baselines",
+            lambda: baselines.run_all(made, genes, measure.judged(measured)),
         )
     report = _report(made, measured, against)
     directory.finish(report, keep=("teacher",) if options.keep_cache else ())
