@@ -1,5 +1,7 @@
 """FFN and ElasticFFN against a composition of torch's own functions that knows no segments."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,6 +173,8 @@ def test_elastic_current_gene():
     x = torch.randn(3, 12)
     with pytest.raises(UserError, match="set_gene"):
         elastic(x)
+    with pytest.raises(UserError, match="expected a Gene or its text, got list"):
+        elastic(x, [1])
     elastic.set_gene("2x1/3 down(relu(up(x)))")
     assert torch.equal(elastic(x), elastic(x, "2x1/3 down(relu(up(x)))"))
     with pytest.raises(UserError, match="max_stack"):
@@ -201,6 +205,62 @@ def test_bad_arguments(change, name):
         FFN(**({"hidden_size": 12, "gene": "1x1 down(gelu(up(x)))"} | change))
 
 
-def test_bad_input_width():
-    with pytest.raises(UserError, match=r"x: expected \[..., 12\]"):
-        FFN(12, "1x1 down(gelu(up(x)))")(torch.zeros(2, 11))
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.zeros(2, 11), r"x: expected \[..., 12\], got \[2, 11\]"),
+        (torch.tensor(1.0), r"x: expected \[..., 12\], got \[\]"),
+        (torch.ones(2, 12, dtype=torch.long), "x: expected a floating-point tensor"),
+    ],
+)
+def test_bad_input(x, message):
+    gene = "1x1 down(gelu(up(x)))"
+    with pytest.raises(UserError, match=message):
+        FFN(12, gene)(x)
+    with pytest.raises(UserError, match=message):
+        ElasticFFN(12, 1, 12)(x, gene)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_elastic_compiles_whole(as_object):
+    torch._dynamo.reset()
+    elastic = randomised(ElasticFFN(12, max_stack=2, max_width=12, gated=True, dropout=0.0))
+    x = torch.randn(3, 12)
+    compiled = torch.compile(elastic, fullgraph=True, backend="aot_eager")
+    for text in ("2x1/3 down(tanh(gelu(up(x))))", "1x1 tanh(down(gelu(up(x))))", GATED):
+        gene = Gene.parse(text) if as_object else text
+        torch.testing.assert_close(compiled(x, gene), elastic(x, text))
+        elastic.set_gene(gene)
+        torch.testing.assert_close(compiled(x), elastic(x, text))
+
+
+def test_modules_are_called_at_full_width():
+    """Forward hooks count, and what replaces a linear map is used; both by FFN and ElasticFFN."""
+    for module in (FFN(12, GATED), ElasticFFN(12, 2, 6, gated=True)):
+        module.eval()
+        called = []
+        for name, layer in module.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(
+                    lambda m, i, o, seen=called, name=name: seen.append(name)
+                )
+        x = torch.randn(3, 12)
+        arguments = (GATED,) if isinstance(module, ElasticFFN) else ()
+        before = module(x, *arguments)
+        parts = ("up", "gate", "down")
+        assert called == [f"units.{k}.{part}" for k in (0, 1) for part in parts]
+        adapted = module.units[1].gate
+        module.units[1].gate = torch.nn.Sequential(adapted, torch.nn.Tanh())
+        assert not torch.equal(module(x, *arguments), before)
+
+
+def test_dynamic_quantisation():
+    torch.manual_seed(0)
+    module = FFN(32, "2x1 tanh(down(gelu(up(x))))", dropout=0.0).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces another home of its quantisation
+        quantised = torch.ao.quantization.quantize_dynamic(module, {torch.nn.Linear})
+    assert "quantized" in type(quantised.units[0].up).__module__
+    x = torch.randn(5, 32)
+    got, want = quantised(x), module(x)
+    assert 0 < (got - want).abs().max() < 0.05 * want.abs().max()

@@ -11,13 +11,72 @@ the former: use weight_decay=0 on elastic weights if that matters.
 
 Why leading slices and not masks: a mask costs the full products. Why not copies per gene: they
 would have to be written back after each step.
+
+torch.compile takes a forward whole, once for each gene: a text is known by its letters, a `Gene` by
+its identity, so pass the same object again, and its limit on recompilations
+(torch._dynamo.config.recompile_limit, 8) is the limit on genes. A search runs eagerly instead.
 """
+
+import functools
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..expr import Gene
-from .ffn import FFN, FFNUnit, UnitPlan, as_gene, check_arguments, check_input
+from .ffn import FFN, FFNUnit, UnitPlan, as_gene, check_arguments, check_input, check_positive
+
+
+@dataclass(frozen=True)
+class SupernetSize:
+    """The largest gene that elastic weights can run.
+
+    Raises:
+        UserError: a size is no positive integer.
+    """
+
+    hidden_size: int
+    max_stack: int
+    max_width: int
+    gated: bool = False
+
+    def __post_init__(self):
+        check_positive("max_stack", self.max_stack)
+        check_positive("max_width", self.max_width)
+
+    def check_gene(self, gene: Gene) -> None:
+        """Raises a UserError when weights of this size are too small for `gene`."""
+        if gene.stack > self.max_stack:
+            raise UserError(
+                f"gene: {gene} stacks {gene.stack} units, the supernet holds {self.max_stack}; "
+                "build it with a larger max_stack"
+            )
+        width = gene.width(self.hidden_size)
+        if width > self.max_width:
+            raise UserError(
+                f"gene: {gene} is {width} wide, the supernet holds {self.max_width} columns; "
+                "build it with a larger max_width"
+            )
+        if gene.gated and not self.gated:
+            raise UserError(f"gene: {gene} is gated; build the supernet with gated=True")
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_plan(gene: Gene | str, size: SupernetSize) -> tuple[int, UnitPlan]:
+    gene = as_gene(gene)
+    size.check_gene(gene)
+    return gene.stack, UnitPlan.of(gene, size.hidden_size)
+
+
+def _planned(gene: Gene | str, size: SupernetSize) -> tuple[int, UnitPlan]:
+    """The stack and the plan of a gene; a UserError when it does not fit the size."""
+    return _cached_plan(gene if isinstance(gene, str) else as_gene(gene), size)
+
+
+# torch.compile then calls it while tracing: parsing and a gene's cached properties cannot be
+# traced. This is all that torch.compiler.assume_constant_result does, without importing the
+# whole compiler.
+_planned._dynamo_marked_constant = True
 
 
 class ElasticFFN(nn.Module):
@@ -48,9 +107,7 @@ class ElasticFFN(nn.Module):
     ):
         super().__init__()
         check_arguments(hidden_size, dropout, layer_norm_eps, recompute)
-        for name, value in (("max_stack", max_stack), ("max_width", max_width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}: expected a positive integer, got {value!r}")
+        self.size = SupernetSize(hidden_size, max_stack, max_width, gated)
         self.hidden_size = hidden_size
         self.max_width = max_width
         self.gated = gated
@@ -66,19 +123,7 @@ class ElasticFFN(nn.Module):
     def check_gene(self, gene: Gene | str) -> Gene:
         """The parsed gene; a UserError when these weights are too small for it."""
         gene = as_gene(gene)
-        if gene.stack > len(self.units):
-            raise UserError(
-                f"gene: {gene} stacks {gene.stack} units, the supernet holds {len(self.units)}; "
-                "build it with a larger max_stack"
-            )
-        width = gene.width(self.hidden_size)
-        if width > self.max_width:
-            raise UserError(
-                f"gene: {gene} is {width} wide, the supernet holds {self.max_width} columns; "
-                "build it with a larger max_width"
-            )
-        if gene.gated and not self.gated:
-            raise UserError(f"gene: {gene} is gated; build the supernet with gated=True")
+        self.size.check_gene(gene)
         return gene
 
     def set_gene(self, gene: Gene | str) -> None:
@@ -90,13 +135,12 @@ class ElasticFFN(nn.Module):
         """x [..., H] -> [..., H] by `gene`, else by the current gene."""
         check_input(x, self.hidden_size)
         if gene is not None:
-            gene = self.check_gene(gene)
-            plan = UnitPlan.of(gene, self.hidden_size)
+            stack, plan = _planned(gene, self.size)
         elif self.gene is not None:
-            gene, plan = self.gene, self.plan
+            stack, plan = self.gene.stack, self.plan
         else:
             raise UserError("gene: none given and none set; pass one or call set_gene first")
-        for unit in self.units[: gene.stack]:
+        for unit in self.units[:stack]:
             x = unit(x, plan, self.dropout, self.recompute)
         return x
 

@@ -11,10 +11,9 @@ One unit, for h of shape [..., H] and I intermediate columns:
 Every unit of a stack has its own weights and the same gene (EfficientBERT, arXiv 2109.07222).
 The elementwise parts run as one Program each; a part that only hands its input on is skipped.
 
-A unit reads the weights of `up`, `gate` and `down` instead of calling these modules, because the
-elastic block needs leading slices of them and kernels need the tensors; forward hooks on the
-three are therefore not called. They stay `nn.Linear` so that initialisers, optimiser groups and
-weight-quantisers recognise them.
+At full width a unit calls its modules `up`, `gate` and `down`, so that forward hooks, adapters
+(LoRA) and quantised replacements of them take effect. At less than full width, which only the
+elastic block has, it multiplies by leading slices of their weights, and those do not.
 """
 
 from dataclasses import dataclass
@@ -40,10 +39,15 @@ def as_gene(gene: Gene | str, base: int = 1) -> Gene:
     raise UserError(f"gene: expected a Gene or its text, got {type(gene).__name__}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raises a UserError that names the value unless it is an integer from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}: expected a positive integer, got {value!r}")
+
+
 def check_arguments(hidden_size: int, dropout: float, layer_norm_eps: float, recompute: str):
     """Raises a UserError that names the first argument out of range."""
-    if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
-        raise UserError(f"hidden_size: expected a positive integer, got {hidden_size!r}")
+    check_positive("hidden_size", hidden_size)
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"dropout: expected a probability from 0 to below 1, got {dropout!r}")
     if not isinstance(layer_norm_eps, int | float) or not layer_norm_eps > 0:
@@ -53,9 +57,11 @@ def check_arguments(hidden_size: int, dropout: float, layer_norm_eps: float, rec
 
 
 def check_input(x: Tensor, hidden_size: int) -> None:
-    """Raises a UserError unless the last dimension of x is the block's."""
-    if x.shape[-1] != hidden_size:
+    """Raises a UserError unless x holds floating-point rows of the block's width."""
+    if x.dim() == 0 or x.shape[-1] != hidden_size:
         raise UserError(f"x: expected [..., {hidden_size}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise UserError(f"x: expected a floating-point tensor, got {x.dtype}; convert it first")
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,12 @@ class Segment:
     def of(expr: Expr) -> "Segment":
         return Segment(None if expr.is_leaf else str(expr), tuple(expr.inputs))
 
-    def __call__(self, **tensors: Tensor | None) -> Tensor:
-        if self.text is None:
-            return tensors[self.names[0]]
-        return elementwise(self.text, **{name: tensors[name] for name in self.names})
+
+def run(segment: Segment, **tensors: Tensor | None) -> Tensor:
+    """The segment's value; a function, since torch.compile cannot trace a constant's methods."""
+    if segment.text is None:
+        return tensors[segment.names[0]]
+    return elementwise(segment.text, **{name: tensors[name] for name in segment.names})
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ class FFNUnit(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, gated: bool, layer_norm_eps: float):
         super().__init__()
+        self.width = width  # kept here, since a replacement of `up` need not know it
         self.up = nn.Linear(hidden_size, width)
         self.gate = nn.Linear(hidden_size, width) if gated else None
         self.down = nn.Linear(width, hidden_size)
@@ -126,17 +135,21 @@ class FFNUnit(nn.Module):
         return self.compute(h, plan, dropout, recompute)
 
     def compute(self, h: Tensor, plan: UnitPlan, dropout: float, recompute: str = "none") -> Tensor:
-        x = plan.prologue(x=h)
-        z1 = F.linear(x, self.up.weight[: plan.width], self.up.bias[: plan.width])
-        zg = None
-        if plan.gated:
-            zg = F.linear(x, self.gate.weight[: plan.width], self.gate.bias[: plan.width])
+        x = run(plan.prologue, x=h)
+        z1 = self.expand(self.up, x, plan.width)
+        zg = self.expand(self.gate, x, plan.width) if plan.gated else None
         if recompute == "activation" and torch.is_grad_enabled():
             z2 = checkpoint(self.contract, h, z1, zg, plan, use_reentrant=False)
         else:
             z2 = self.contract(h, z1, zg, plan)
-        y = plan.epilogue(z2=z2, x=h)
+        y = run(plan.epilogue, z2=z2, x=h)
         return self.norm(h + F.dropout(y, dropout, self.training))
+
+    def expand(self, layer: nn.Module, x: Tensor, width: int) -> Tensor:
+        """x [..., H] -> [..., width] by the leading rows of `up` or `gate`."""
+        if width == self.width:
+            return layer(x)
+        return F.linear(x, layer.weight[:width], layer.bias[:width])
 
     def contract(self, h: Tensor, z1: Tensor, zg: Tensor | None, plan: UnitPlan) -> Tensor:
         """Middle segment and second product together: what `activation` recomputes.
@@ -145,7 +158,9 @@ class FFNUnit(nn.Module):
         gradient; its own result is not computed again (recomputation stops at the last tensor
         that the backward needs).
         """
-        a = plan.middle(z1=z1, zg=zg, x=h[..., : plan.width])
+        a = run(plan.middle, z1=z1, zg=zg, x=h[..., : plan.width])
+        if plan.width == self.width:
+            return self.down(a)
         return F.linear(a, self.down.weight[:, : plan.width], self.down.bias)
 
 
