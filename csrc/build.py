@@ -234,10 +234,8 @@ def _path(path: Path | str) -> str:
 
 def ninja_text(made: Plan) -> str:
     """The build.ninja of a plan; object paths are relative to its folder."""
-    mac = sys.platform == "darwin"
-    shared = ["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared"]
     sanitize = [flag for flag in made.flags if flag.startswith("-fsanitize")]
-    link = [*made.compiler, *shared, "-fopenmp", *sanitize]
+    link = [*made.compiler, "-shared", "-fopenmp", *sanitize]
     if made.nvcc:  # nvcc knows where its static runtime lies
         host = ",".join(["-fopenmp", *sanitize])
         link = [made.nvcc, "-shared", f"-ccbin={made.compiler[-1]}", "--cudart=static"]
@@ -346,8 +344,8 @@ def build(
     module = target / MODULE
     made = None
     try:
-        if not sys.platform.startswith(("linux", "darwin")):
-            raise BuildError(f"csrc is written for Linux and macOS, not for {sys.platform}")
+        if not sys.platform.startswith("linux"):
+            raise BuildError(f"csrc is written for Linux, not for {sys.platform}")
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
             try:
