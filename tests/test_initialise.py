@@ -119,6 +119,29 @@ def test_samples_measure_activations(teacher, batch):
     assert not any(layer.intermediate._forward_hooks for layer in changed.encoder.layer)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_samples_leave_the_modes_alone(batch, fails):
+    """A teacher frozen in parts, in training elsewhere, is so afterwards."""
+    mixed = random_teacher().train()
+    mixed.encoder.layer[1].eval()
+    modes = [module.training for module in mixed.modules()]
+    if fails:
+        with pytest.raises(IndexError):
+            unit_strengths(mixed, {"input_ids": torch.full((1, 2), SIZES["vocab_size"])})
+    else:
+        unit_strengths(mixed, batch)
+    assert [module.training for module in mixed.modules()] == modes
+
+
+@pytest.mark.parametrize("changes", [{"is_decoder": True}, {"add_cross_attention": True}])
+def test_decoder_teacher(changes):
+    decoder = random_teacher(is_decoder=True)
+    for name in ("is_decoder", "add_cross_attention"):
+        setattr(decoder.config, name, changes.get(name, False))
+    with pytest.raises(UserError, match="teacher: a decoder"):
+        from_teacher(decoder, FULL)
+
+
 def test_narrower_is_farther(teacher):
     h, source = torch.randn(100, 24), teacher.encoder.layer[1]
     want = source.feed_forward_chunk(h)

@@ -252,7 +252,32 @@ def test_set_genes():
         ({"hidden_dropout_prob": 1}, "hidden_dropout_prob"),
         ({"pad_token_id": 40}, "pad_token_id"),
         ({"sentence_pooling": "max"}, "sentence_pooling"),
+        ({"hidden_dropout_prob": "much"}, "hidden_dropout_prob"),
+        ({"classifier_dropout": 1.5}, "classifier_dropout"),
+        ({"ffn_base": 0}, "ffn_base"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps"),
+        ({"recompute": "foo"}, "recompute: expected one of none, activation, all"),
+        ({"initializer_range": -1.0}, "initializer_range"),
+        ({"initializer_range": float("nan")}, "initializer_range"),
         ({"supernet": {"max_stack": 2}}, "supernet"),
+        ({"supernet": 3}, "supernet: expected max_stack, max_width"),
+        (
+            {"supernet": {"max_stack": 0, "max_width": 0}},
+            "supernet: max_stack: expected a positive",
+        ),
+        (
+            {"supernet": {"max_stack": 2, "max_width": 0}},
+            "supernet: max_width: expected a positive",
+        ),
+        ({"supernet": {"max_stack": 1, "max_width": 18}}, "larger max_stack"),
+        ({"supernet": {"max_stack": 2, "max_width": 8}}, "larger max_width"),
+        (
+            {
+                "supernet": {"max_stack": 2, "max_width": 18},
+                "genes": [GENES[0], "1x1/2 down(mul(swish(gate(x)), up(x)))"],
+            },
+            "gated=True",
+        ),
     ],
 )
 def test_bad_config(changes, message):
@@ -268,3 +293,21 @@ def test_bad_calls():
         model(tokens(1, 17))
     with pytest.raises(UserError, match="input_ids"):
         model()
+    pooled = EfficientBertModel(tiny(sentence_pooling="mean"))
+    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool)
+    with pytest.raises(UserError, match=r"attention_mask: .* needs a mask \[B, T\]"):
+        pooled(tokens(), attention_mask=mask)
+    assert model(tokens(), attention_mask=mask).last_hidden_state.shape == (3, 7, 18)
+
+
+@pytest.mark.parametrize("trigram", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_empty_batches(trigram, attention):
+    model = EfficientBertModel(tiny(trigram=trigram, sentence_pooling="mean")).eval()
+    model.set_attn_implementation(attention)
+    for mask in (None, torch.ones(0, 5, dtype=torch.long)):
+        output = model(tokens(0, 5), attention_mask=mask)
+        assert output.last_hidden_state.shape == (0, 5, 18)
+        assert output.pooler_output.shape == (0, 18)
+    with pytest.raises(UserError, match="input_ids: texts of 0 tokens"):
+        model(tokens(2, 0))

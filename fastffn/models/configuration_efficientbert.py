@@ -21,13 +21,15 @@ from transformers import PreTrainedConfig
 
 from ..errors import UserError
 from ..expr import PUBLISHED, Gene
+from ..layers.elastic import SupernetSize
+from ..layers.ffn import check_arguments, check_positive
 
 _PRESETS = {
     "base": {"hidden_size": 540, "num_hidden_layers": 6},
     "tiny": {"hidden_size": 360, "num_hidden_layers": 6},
     "++": {"hidden_size": 360, "num_hidden_layers": 12},
 }
-_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -35,6 +37,7 @@ _POSITIVE = (
     "num_attention_heads",
     "max_position_embeddings",
     "type_vocab_size",
+    "ffn_base",
 )
 
 
@@ -93,7 +96,7 @@ class EfficientBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         for name in _POSITIVE:
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if self.genes is None:
             self.genes = _published(self.num_hidden_layers)
         if not isinstance(self.genes, list | tuple):
@@ -127,8 +130,17 @@ class EfficientBertConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises a UserError that names the first value which no model can be built from."""
         for name in _PROBABILITIES:
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}: expected from 0 to below 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is None and name == "classifier_dropout":
+                continue
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise UserError(f"{name}: expected from 0 to below 1, got {value!r}")
+        check_arguments(
+            self.hidden_size, self.hidden_dropout_prob, self.layer_norm_eps, self.recompute
+        )
+        spread = self.initializer_range
+        if not isinstance(spread, int | float) or not 0 <= spread < float("inf"):
+            raise UserError(f"initializer_range: expected a number from 0, got {spread!r}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"num_attention_heads: {self.num_attention_heads} heads do not divide "
@@ -139,26 +151,32 @@ class EfficientBertConfig(PreTrainedConfig):
                 "trigram: needs an embedding_size; give one, or trigram=False for a plain embedding"
             )
         if self.embedding_size is not None:
-            _check_positive("embedding_size", self.embedding_size)
+            check_positive("embedding_size", self.embedding_size)
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise UserError(f"pad_token_id: {self.pad_token_id} is outside the vocabulary")
         if self.sentence_pooling not in (None, "mean", "cls"):
             raise UserError(
                 f'sentence_pooling: expected "mean", "cls" or None, got {self.sentence_pooling!r}'
             )
-        if self.supernet is not None and not (
-            {"max_stack", "max_width"} <= set(self.supernet) <= {"max_stack", "max_width", "gated"}
-        ):
-            raise UserError(
-                f"supernet: expected max_stack, max_width and perhaps gated, got {self.supernet!r}"
-            )
+        size = None if self.supernet is None else self._supernet_size()
         for gene in self.parsed_genes():
             gene.width(self.hidden_size)
+            if size is not None:
+                size.check_gene(gene)
 
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}: expected a positive integer, got {value!r}")
+    def _supernet_size(self) -> SupernetSize:
+        """The size that `supernet` says; a UserError when it says none."""
+        supernet = self.supernet
+        if not isinstance(supernet, dict) or not (
+            {"max_stack", "max_width"} <= set(supernet) <= {"max_stack", "max_width", "gated"}
+        ):
+            raise UserError(
+                f"supernet: expected max_stack, max_width and perhaps gated, got {supernet!r}"
+            )
+        try:
+            return SupernetSize(self.hidden_size, **supernet)
+        except UserError as error:
+            raise UserError(f"supernet: {error}") from None
 
 
 def _published(layers: int) -> list[str]:

@@ -56,7 +56,7 @@ def bert_encoder(teacher: nn.Module) -> nn.Module:
 
     Raises:
         UserError: it is no such model (BERT, RoBERTa, XLM-R, CamemBERT and models with their
-            module names are).
+            module names are), or runs as a decoder.
     """
     base = getattr(teacher, getattr(teacher, "base_model_prefix", "") or "", teacher)
     try:
@@ -75,6 +75,13 @@ def bert_encoder(teacher: nn.Module) -> nn.Module:
         raise UserError("teacher: its word embedding is not as wide as its hidden states")
     if getattr(base.config, "position_embedding_type", "absolute") != "absolute":
         raise UserError("teacher: only absolute position embeddings can be taken over")
+    if getattr(base.config, "is_decoder", False) or getattr(
+        base.config, "add_cross_attention", False
+    ):
+        raise UserError(
+            "teacher: a decoder, or one with cross-attention, computes what no student takes over; "
+            "load it with is_decoder=False and add_cross_attention=False if it is an encoder"
+        )
     return base
 
 
@@ -231,11 +238,12 @@ def unit_strengths(teacher: nn.Module, samples: Mapping[str, Tensor] | None = No
         powers.append(tokens.square().mean(0).sqrt())
 
     hooks = [layer.intermediate.register_forward_hook(record) for layer in base.encoder.layer]
-    training = base.training
+    modes = {module: module.training for module in base.modules()}
     try:
         base.eval()(**samples)
     finally:
-        base.train(training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     return [a * b for a, b in zip(powers, down, strict=True)]

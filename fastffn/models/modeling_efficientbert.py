@@ -60,6 +60,8 @@ class EfficientBertEmbeddings(nn.Module):
         """Token ids [B, T] or word embeddings [B, T, E] -> [B, T, H]; mask [B, T], 0 at padding."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length, longest = words.shape[1], self.position_embeddings.num_embeddings
+        if length == 0:
+            raise UserError("input_ids: texts of 0 tokens; keep at least one, such as [CLS]")
         if length > longest:
             raise UserError(
                 f"input_ids: {length} tokens, the model has {longest} positions; truncate the text"
@@ -109,7 +111,8 @@ class EfficientBertAttention(nn.Module):
     """Self-attention with output product, residual and LayerNorm; [B, T, H] -> [B, T, H].
 
     Runs `config._attn_implementation` ("sdpa" unless chosen), and the eager form whenever the
-    attention probabilities are asked for, which no fused form returns.
+    attention probabilities are asked for, which no fused form returns, and for a batch of no
+    texts, which transformers' fused forms cannot shape.
     """
 
     is_causal = False  # read by the attention implementations
@@ -118,6 +121,7 @@ class EfficientBertAttention(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.config = config
+        self.heads = config.num_attention_heads
         self.head_size = hidden // config.num_attention_heads
         self.query = nn.Linear(hidden, hidden)
         self.key = nn.Linear(hidden, hidden)
@@ -129,7 +133,7 @@ class EfficientBertAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
-        heads = (*hidden_states.shape[:-1], -1, self.head_size)
+        heads = (*hidden_states.shape[:-1], self.heads, self.head_size)
         query, key, value = (
             layer(hidden_states).view(heads).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
@@ -137,7 +141,9 @@ class EfficientBertAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
-        mixed, probabilities = (eager_attention if kwargs.get("output_attentions") else attend)(
+        if kwargs.get("output_attentions") or hidden_states.shape[0] == 0:
+            attend = eager_attention
+        mixed, probabilities = attend(
             self,
             query,
             key,
@@ -281,12 +287,21 @@ class EfficientBertModel(EfficientBertPreTrainedModel):
         )
 
     def pool(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
-        """Sentence vectors [B, H] of hidden states [B, T, H] by `config.sentence_pooling`."""
+        """Sentence vectors [B, H] of hidden states [B, T, H] by `config.sentence_pooling`.
+
+        Raises:
+            UserError: a mean by an attention_mask that is not [B, T].
+        """
         if self.config.sentence_pooling is None:
             return None
         if self.config.sentence_pooling == "cls":
             return hidden_states[:, 0]
         if attention_mask is None:
             return hidden_states.mean(1)
+        if attention_mask.dim() != 2:
+            raise UserError(
+                f"attention_mask: a mean over the tokens needs a mask [B, T], got "
+                f'{list(attention_mask.shape)}; give one, or sentence_pooling=None or "cls"'
+            )
         weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
         return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
