@@ -166,7 +166,8 @@ def test_another_architecture(tmp_path):
         vocab_size=16, dim=12, n_layers=1, n_heads=3, hidden_dim=8
     )
     path = save(tmp_path / "t", transformers.DistilBertModel(config))
-    with pytest.raises(UserError, match=r"no BERT-like encoder \(DistilBertModel\)"):
+    remedy = "choose one with BERT's structure .*, such as sentence-transformers/all-MiniLM-L6-v2$"
+    with pytest.raises(UserError, match=rf"no BERT-like encoder \(DistilBertModel\): {remedy}"):
         load_teacher(path)
 
 

@@ -157,16 +157,17 @@ def _check_structure(model: nn.Module, name: str) -> None:
         parts = [embedding]
         for layer in encoder_layers(model):
             parts += [*projections(layer).values(), layer.intermediate.dense, layer.output.dense]
-    except (AttributeError, UserError) as error:
+    except (AttributeError, UserError):
         raise UserError(
-            f"teacher {name} is no BERT-like encoder ({type(model).__name__}): {error}"
+            f"teacher {name} is no BERT-like encoder ({type(model).__name__}): choose one with "
+            f"BERT's structure (BERT, RoBERTa, XLM-R, MiniLM), such as {DEFAULT_TEACHER}"
         ) from None
     if not isinstance(embedding, nn.Embedding) or not all(
         isinstance(part, nn.Linear) for part in parts[1:]
     ):
         raise UserError(
             f"teacher {name} is no BERT-like encoder ({type(model).__name__}): "
-            "its embeddings or projections are not plain ones"
+            "its embeddings or projections are not plain (quantised?); choose one whose are"
         )
 
 
