@@ -202,3 +202,10 @@ def test_kernels_are_importable_only_below_fastffn(tmp_path):
     top, csrc, ours = done.stdout.split(maxsplit=2)
     assert (top, csrc) == ("None", "None")
     assert Path(ours.strip()).parent.name == "kernels"
+
+
+def test_other_platforms_are_refused(native, tree, monkeypatch):
+    monkeypatch.setattr(native.sys, "platform", "darwin")
+    record = native.build(tree / "out", root=tree, env={})
+    assert record["status"] == "failed"
+    assert record["error"] == "csrc is written for Linux, not for darwin"
