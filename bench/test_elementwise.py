@@ -18,15 +18,9 @@ from fastffn.expr import PRIMITIVES
 from fastffn.functional import elementwise
 from fastffn.ops import reference
 
+from .expressions import EXPRESSIONS
 from .harness import check_outputs, interleave
 
-EXPRESSIONS = {
-    1: "relu(a)",
-    2: "mul(gelu(a), b)",
-    3: "mul(gelu(a), sigmoid(b))",
-    5: "add(max(swish(a), tanh(b)), mul(a, b))",
-    7: "add(mul(elu(a), sigmoid(b)), max(tanh(a), gelu(leaky_relu(b))))",
-}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -11,6 +11,7 @@ enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 constexpr int kMaxDims = 8;
 constexpr int kMaxOperands = 16;
+constexpr int kMaxRegisters = 256;
 
 // One input or output. Strides are in elements, outermost dimension first; 0 repeats the operand.
 struct Operand {

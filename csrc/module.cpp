@@ -17,8 +17,6 @@ namespace py = pybind11;
 namespace fastffn {
 namespace {
 
-constexpr int kMaxRegisters = 256;  // of the interpreters
-
 // Operands: inputs, then outputs, each (address, dtype, strides in elements).
 using OperandTuple = std::tuple<uintptr_t, int, std::vector<int64_t>>;
 
@@ -64,6 +62,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("function", [](const std::string& name, uintptr_t from, uintptr_t to, int64_t n) {
     run_function(name, reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to), n);
   });
+  m.attr("MAX_DIMS") = kMaxDims;
+  m.attr("MAX_OPERANDS") = kMaxOperands;
+  m.attr("MAX_REGISTERS") = kMaxRegisters;
   m.def("isa", &active_isa, "Instruction set in use.");
   m.def("available_isas", &runnable_isas,
         "Instruction sets of this build that run here, best first.");

@@ -1,21 +1,24 @@
 #include "program.h"
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 namespace fastffn {
 namespace {
 
-constexpr uint16_t kOpcodes = 0
-#define BINARY(...) +4
-#define UNARY(...) +4
-#define GATED(...) +4
-#define FUSED(...) +4
+// Which opcodes the table gives a meaning: four a line, see fastffn/expr/primitives.py.
+constexpr bool kKnown[] = {
+#define BINARY(...) false, true, true, true,
+#define UNARY(...) false, true, true, false,
+#define GATED(...) true, true, true, true,
+#define FUSED(...) false, true, false, false,
 #include "primitives.def"
 #undef BINARY
 #undef UNARY
 #undef GATED
 #undef FUSED
-    ;
+};
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -49,7 +52,8 @@ Program::Program(std::string_view packed) {
   for (Instruction& instruction : instructions_) {
     instruction.opcode = reader.next();
     instruction.target = reader.next();
-    require(instruction.opcode < kOpcodes, "program: unknown opcode");
+    require(instruction.opcode < std::size(kKnown) && kKnown[instruction.opcode],
+            "program: unknown opcode");
     require(instruction.target >= inputs && instruction.target < registers,
             "program: bad target register");
     for (uint16_t& source : instruction.source) {
@@ -57,9 +61,18 @@ Program::Program(std::string_view packed) {
       require(source < registers, "program: bad source register");
     }
   }
+  std::vector<bool> written(registers);
+  std::fill_n(written.begin(), inputs, true);
+  for (const Instruction& instruction : instructions_) {
+    for (const uint16_t source : instruction.source) {
+      require(written[source], "program: a register is read before it is written");
+    }
+    written[instruction.target] = true;
+  }
   for (int i = 0; i < outputs; ++i) {
     results_.push_back(reader.next());
-    require(results_.back() < registers, "program: bad output register");
+    require(results_.back() < registers && written[results_.back()],
+            "program: bad output register");
   }
   require(reader.done(), "program: bytes are left over");
   code_ = {inputs,

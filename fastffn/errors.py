@@ -4,9 +4,11 @@ The command line prints them without a traceback and leaves with status 2; libra
 them as `ValueError`. Everything else that is raised is a defect of fastffn.
 """
 
+import re
+
 
 class UserError(ValueError):
-    """Bad input: the message is one line, says what is wrong and how to mend it."""
+    """Bad input: one line (of an `ExprError` three) that says what is wrong and how to mend it."""
 
 
 class ExprError(UserError):
@@ -20,4 +22,9 @@ class ExprError(UserError):
     def __init__(self, message: str, text: str, position: int):
         self.text = text
         self.position = position
-        super().__init__(f"{message} (at character {position + 1})\n  {text}\n  {' ' * position}^")
+        self.message = message
+        shown = re.sub(r"\s", " ", text)  # a line break would part the caret from its character
+        super().__init__(f"{message} (at character {position + 1})\n  {shown}\n  {' ' * position}^")
+
+    def __reduce__(self):
+        return ExprError, (self.message, self.text, self.position)

@@ -12,15 +12,6 @@ from fastffn.expr import PRIMITIVES, Expr
 UNARY = [name for name, primitive in PRIMITIVES.items() if primitive.arity == 1]
 BINARY = [name for name, primitive in PRIMITIVES.items() if primitive.arity == 2]
 
-# Five expressions, from one operation to seven: those of the benchmarks.
-EXPRESSIONS = {
-    1: "relu(a)",
-    2: "mul(gelu(a), b)",
-    3: "mul(gelu(a), sigmoid(b))",
-    5: "add(max(swish(a), tanh(b)), mul(a, b))",
-    7: "add(mul(elu(a), sigmoid(b)), max(tanh(a), gelu(leaky_relu(b))))",
-}
-
 
 def expressions(inputs=("a", "b", "c"), max_leaves=6) -> st.SearchStrategy[Expr]:
     """Random expressions over some of `inputs`."""

@@ -1,10 +1,17 @@
 """The op `elementwise` against torch: values and gradients over layouts, dtypes and ISAs."""
 
+import gc
+import os
+import struct
+import subprocess
+import sys
+
 import pytest
 import torch
+from expressions import EXPRESSIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import EXPRESSIONS, LAYOUTS, assert_accurate, expressions, tensor
+from oracle import LAYOUTS, assert_accurate, expressions, tensor
 
 from fastffn import Expr, ExprError, UserError
 from fastffn.expr import PRIMITIVES, forward_program
@@ -130,6 +137,10 @@ def test_mixed_dtypes_promote_as_in_torch():
     check("mul(gelu(a), b)", {"a": a, "b": torch.randn(33, generator=generator).bfloat16()})
     check("mul(gelu(a), b)", {"a": a.half(), "b": a.bfloat16()})
     check("add(a, tanh(b))", {"a": a.double(), "b": a.clone()})
+    scalar = torch.randn((), generator=generator, dtype=torch.float64)
+    check("add(tanh(a), b)", {"a": a, "b": scalar})  # float32: a scalar does not promote
+    check("add(tanh(a), b)", {"a": a.bfloat16(), "b": scalar.float()})
+    check("mul(tanh(a), b)", {"a": scalar.detach().float(), "b": scalar.detach().clone()})
 
 
 @pytest.mark.parametrize("name", PRIMITIVES)
@@ -196,15 +207,34 @@ def test_gradcheck(text, served_by):
     )
 
 
-@pytest.mark.parametrize("shapes", [((4, 6), (4, 6)), ((4, 6), (6,)), ((0, 6), (6,))])
+@pytest.mark.parametrize(
+    "shapes", [((4, 6), (4, 6)), ((4, 6), (6,)), ((0, 6), (6,)), ((2,) * 9,) * 2]
+)
 def test_opcheck(shapes):
     a, b = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    if a.dim() > 2:  # more than csrc takes, and in no memory order of its own
+        a = a.detach()[:1].expand(a.shape).requires_grad_()
+        b = b.detach().permute(*reversed(range(b.dim()))).requires_grad_()
     text = EXPRESSIONS[3]
     checks = torch.library.opcheck(torch.ops.fastffn.elementwise.default, (text, [a, b]))
     assert set(checks.values()) == {"SUCCESS"} and len(checks) == 4
     arguments = (text, torch.randn(shapes[0]), [a.detach(), b.detach()], [True, True])
     checks = torch.library.opcheck(torch.ops.fastffn.elementwise_backward.default, arguments)
     assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_torch_compile_takes_every_primitive_whole(name):
+    arity = PRIMITIVES[name].arity
+    inputs = [torch.randn(3, 5, requires_grad=True) for _ in range(arity)]
+    text = f"{name}({', '.join('ab'[:arity])})"
+
+    def call(*tensors):
+        return elementwise(text, **dict(zip("ab", tensors, strict=False)))
+
+    torch._dynamo.reset()
+    out = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+    assert out.equal(call(*inputs))
 
 
 @pytest.mark.parametrize("as_text", [True, False])
@@ -229,6 +259,80 @@ def test_second_gradients_are_refused_not_wrong():
     for loss in (lambda y: y.sum(), lambda y: y.square().sum()):
         with pytest.raises(RuntimeError, match="gradients of gradients"):
             torch.autograd.grad(loss(elementwise("tanh(a)", a=a)), a, create_graph=True)
+
+
+def test_forward_mode_and_transforms_are_served_by_torch():
+    x, v = torch.randn(4, 3), torch.randn(4, 3)
+
+    def f(a):
+        return elementwise("mul(tanh(a), a)", a=a)
+
+    def g(a):
+        return a.tanh() * a
+
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (v,)), torch.func.jvp(g, (x,), (v,)))
+    torch.testing.assert_close(torch.vmap(f)(x), g(x))
+    hessian = torch.func.hessian(lambda a: f(a).sum())(x)
+    torch.testing.assert_close(hessian, torch.func.hessian(lambda a: g(a).sum())(x))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        tangent = torch.autograd.forward_ad.unpack_dual(f(dual)).tangent
+    torch.testing.assert_close(tangent, torch.func.jvp(g, (x,), (v,))[1])
+
+
+def test_a_trace_depends_on_its_input():
+    traced = torch.jit.trace(lambda a: elementwise("tanh(a)", a=a), torch.zeros(3))
+    torch.testing.assert_close(traced(torch.ones(3)), torch.ones(3).tanh())
+
+
+def test_memory_that_does_not_show_the_values():
+    """Tensors on no memory, and tensors whose sign is a flag beside it."""
+    assert elementwise("tanh(a)", a=torch.empty(2, 3, device="meta")).shape == (2, 3)
+    zero = torch._efficientzerotensor((2, 3))
+    assert elementwise("sigmoid(a)", a=zero).eq(0.5).all()
+    a = torch.randn(5)
+    check("mul(tanh(a), b)", {"a": a, "b": torch.randn(5)}, grad=torch._neg_view(torch.randn(5)))
+    torch.testing.assert_close(elementwise("tanh(a)", a=torch._neg_view(a)), torch.tanh(-a))
+
+
+def test_the_profiler_sees_the_op():
+    with torch.profiler.profile() as profile:
+        elementwise("tanh(a)", a=torch.randn(5))
+    assert "fastffn::elementwise" in {event.key for event in profile.key_averages()}
+
+
+def test_gradients_at_the_limits_are_torchs():
+    values = [-1e30, -1e18, -1e13, -100.0, -1e-30, 0.0, 1e-30, 100.0, 1e13, 1e18, float("nan")]
+    for name in PRIMITIVES:
+        if PRIMITIVES[name].arity == 1:
+            for value in values:  # one at a time: torch's vector code differs at the limits
+                a = torch.tensor([value], requires_grad=True)
+                (got,) = torch.autograd.grad(elementwise(f"{name}(a)", a=a).sum(), a)
+                (want,) = torch.autograd.grad(reference.PRIMITIVES[name](a).sum(), a)
+                if not (value == -1e30 and want.isnan()):  # torch's own overflow of a cube
+                    torch.testing.assert_close(got, want, equal_nan=True, msg=f"{name} at {value}")
+
+
+def test_many_operands_are_served_by_torch():
+    names = [f"x{i}" for i in range(20)]
+    text = names[0]
+    for name in names[1:]:
+        text = f"add({text}, tanh({name}))"
+    inputs = {name: torch.randn(3, 4).bfloat16() for name in names}
+    check(text, inputs)
+
+
+def test_nothing_is_kept_of_forgotten_expressions():
+    from fastffn.ops.elementwise import _Compiled, _compiled
+
+    gc.collect()
+    before = sum(isinstance(x, _Compiled) for x in gc.get_objects())
+    a = torch.randn(3, requires_grad=True)
+    for index in range(50):
+        elementwise(f"mul(tanh(a{index}), a{index})", **{f"a{index}": a}).sum().backward()
+    _compiled.cache_clear()
+    gc.collect()
+    assert sum(isinstance(x, _Compiled) for x in gc.get_objects()) <= before
 
 
 def test_only_wanted_gradients_flow():
@@ -265,6 +369,11 @@ def test_bad_input_is_named():
         elementwise("mul(a, b)", a=a, b=torch.randn(4))
     with pytest.raises(UserError, match="b is on meta"):
         elementwise("mul(a, b)", a=a, b=a.to("meta"))
+    with pytest.raises(UserError, match="a is a float, not a tensor"):
+        elementwise("gelu(a)", a=3.0)
+    with pytest.raises(UserError, match="make it dense first"):
+        elementwise("gelu(a)", a=a.to_sparse())
+    assert elementwise("gelu(expr)", expr=a).shape == a.shape
     with pytest.raises(ExprError, match="unknown operation"):
         elementwise("softplus(a)", a=a)
 
@@ -272,6 +381,27 @@ def test_bad_input_is_named():
 @pytest.mark.skipif(CPP is None, reason="csrc is not built")
 def test_bytes_that_are_no_program_are_refused():
     good = forward_program(Expr.parse("max(a, b)")).packed()
-    for bad in (b"", good[:-2], good + b"\0\0", b"\xff" * len(good)):
+    no_loop = struct.pack("<10H", 1, 1, 2, 1, 0, 1, 0, 0, 0, 1)  # opcode 0: add has no such slot
+    unwritten = struct.pack("<5H", 1, 1, 2, 0, 1)
+    for bad in (b"", good[:-2], good + b"\0\0", b"\xff" * len(good), no_loop, unwritten):
         with pytest.raises(ValueError, match="program"):
             CPP.Program(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("FASTFFN_BACKEND", "refrence"), ("FASTFFN_ISA", "neon")]
+)
+def test_a_wrong_environment_is_named(name, value):
+    code = (
+        "import torch; from fastffn import UserError; from fastffn.functional import elementwise\n"
+        "try: elementwise('tanh(a)', a=torch.ones(1))\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert name in done.stdout and value in done.stdout, done.stderr

@@ -1,5 +1,9 @@
 """The language: parsing, printing, errors that point, order, identity by meaning."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from oracle import expressions
@@ -74,3 +78,18 @@ def test_every_primitive_has_an_oracle_and_values():
     assert list(reference.PRIMITIVES) == list(PRIMITIVES)
     assert evaluate(Expr.parse("add(a, mul(a, b))"), {"a": 3.0, "b": 4.0}) == 15.0
     assert evaluate(Expr.parse("max(elu(a), sigmoid(b))"), {"a": -1000.0, "b": -1000.0}) == 0.0
+
+
+def test_pickles_mean_the_same_in_another_process():
+    """The hash of a text differs between processes, and an expression keeps its hash."""
+    expr = Expr.parse("mul(gelu(a), sigmoid(b))")
+    hash(expr)
+    code = (
+        "import pickle, sys; from fastffn import Expr; from fastffn.expr import backward_program\n"
+        "expr = pickle.load(sys.stdin.buffer)\n"
+        "assert expr in {Expr.parse('mul(gelu(a), sigmoid(b))')}\n"
+        "backward_program(expr)"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(expr), check=True, timeout=60)
+    error = pickle.loads(pickle.dumps(ExprError("wrong", "gelu(", 4)))
+    assert str(error) == str(ExprError("wrong", "gelu(", 4)) and error.position == 4

@@ -54,7 +54,12 @@ def test_segments():
         ("add(down(gelu(up(x))), down(x))", 23, "down stands more than once"),
         ("1x1/2 tanh(down(geloo(up(x))))", 16, "unknown operation 'geloo'"),
         ("1x1/2 down(gelu(up(y)))", 19, "'y' is unknown"),
-        ("1x1/0 down(gelu(up(x)))", 4, "divides by zero"),
+        ("1x1/0 down(gelu(up(x)))", 4, "divisor must be positive"),
+        ("0x1 down(gelu(up(x)))", 0, "stack must be positive"),
+        ("1x0 down(gelu(up(x)))", 2, "ratio must be positive"),
+        ("1x1down(gelu(up(x)))", 3, "a blank is missing"),
+        ("1x1 ", 4, "the expression is missing"),
+        ("down(gelu(up(x)\n))x", 18, "ended before 'x'"),
         ("down(mul(up(x), gate(tanh(x))))", 16, "same argument"),
         ("add(up(x), down(gelu(x)))", 4, "inside down"),
         ("down(gelu(up(x))", 4, "never closed"),
@@ -70,7 +75,7 @@ def test_refusals_point_at_the_character(text, position, message):
 
 def test_bad_numbers_are_refused():
     with pytest.raises(UserError, match="must be positive"):
-        Gene.parse("0x1 down(gelu(up(x)))")
+        PLAIN.with_(stack=0)
     with pytest.raises(UserError, match="inner width of 0"):
         Gene.parse("1x1/9 down(gelu(up(x)))").width(8)
     mixed = Gene.parse("1x4 down(mul(up(x), x))")
@@ -82,6 +87,7 @@ def test_bad_numbers_are_refused():
 def test_fingerprint_sees_function_width_and_stack():
     one = Gene.parse("1x1/2 down(mul(gelu(up(x)), x))")
     assert Gene.parse("1x1/2 down(mul(x, gelu(up(x))))").fingerprint() == one.fingerprint()
+    assert Gene.parse("1x1/64 down(gelu(up(x)))").fingerprint()  # as narrow as a search may get
     others = [one.with_(stack=2), one.with_(ratio=Fraction(1, 3)), *PUBLISHED, PLAIN]
     assert len({gene.fingerprint() for gene in [one, *others]}) == len(others) + 1
 

@@ -1,6 +1,6 @@
-// Which instruction set serves: the best that the processor has, unless FASTFFN_ISA in the
-// environment names another.
+// Which instruction set serves: the best that the processor has, unless FASTFFN_ISA names another.
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -12,63 +12,64 @@ namespace {
 
 struct Isa {
   const char* name;
-  bool runnable;
   const Variant* variant;
 };
 
-// Best first.
-std::vector<Isa> isas() {
+// Those of this build that run on this processor, best first.
+std::vector<Isa> find_runnable() {
   std::vector<Isa> found;
 #ifdef FASTFFN_HAVE_X86_ISA
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl");
-  found.push_back({"avx512", avx512, &avx512::variant});
-  found.push_back({"avx2", avx2, &avx2::variant});
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("f16c");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (v4) found.push_back({"avx512", &avx512::variant});
+  if (v3) found.push_back({"avx2", &avx2::variant});
 #endif
-  found.push_back({"baseline", true, &baseline::variant});
+  found.push_back({"baseline", &baseline::variant});
   return found;
 }
 
-Isa find(std::string_view name) {
-  for (const Isa& isa : isas()) {
-    if (name == isa.name && isa.runnable) return isa;
-  }
-  throw std::invalid_argument("instruction set " + std::string(name) + " does not run here");
+const std::vector<Isa>& runnable() {
+  static const std::vector<Isa> isas = find_runnable();
+  return isas;
 }
 
-Isa choose() {
-  if (const char* wanted = std::getenv("FASTFFN_ISA")) return find(wanted);
-  for (const Isa& isa : isas()) {
-    if (isa.runnable) return isa;
+const Isa* find(std::string_view name) {
+  std::string known;
+  for (const Isa& isa : runnable()) {
+    if (name == isa.name) return &isa;
+    known += (known.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::logic_error("the baseline always runs");
+  throw std::invalid_argument("instruction set " + std::string(name) +
+                              " does not run here; these do: " + known);
 }
 
-Isa& active() {
-  static Isa isa = choose();
+// Other threads may be inside a call, without Python's lock, while one selects.
+std::atomic<const Isa*>& active() {
+  static std::atomic<const Isa*> isa = [] {
+    const char* wanted = std::getenv("FASTFFN_ISA");
+    return wanted && *wanted ? find(wanted) : &runnable().front();
+  }();
   return isa;
 }
 
 }  // namespace
 
-void run_elementwise(const Elementwise& call) { active().variant->elementwise(call); }
+void run_elementwise(const Elementwise& call) { active().load()->variant->elementwise(call); }
 
 void run_function(std::string_view name, const float* from, float* to, int64_t n) {
-  if (!active().variant->function(std::string(name).c_str(), from, to, n)) {
+  if (!active().load()->variant->function(std::string(name).c_str(), from, to, n)) {
     throw std::invalid_argument("unknown function " + std::string(name));
   }
 }
 
-const char* active_isa() { return active().name; }
+const char* active_isa() { return active().load()->name; }
 
 std::vector<const char*> runnable_isas() {
   std::vector<const char*> names;
-  for (const Isa& isa : isas()) {
-    if (isa.runnable) names.push_back(isa.name);
-  }
+  for (const Isa& isa : runnable()) names.push_back(isa.name);
   return names;
 }
 

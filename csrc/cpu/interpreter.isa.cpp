@@ -27,7 +27,6 @@ using fastffn::Operand;
 
 constexpr int64_t kLanes = 16;   // loops run to a multiple of it
 constexpr int64_t kStrip = 128;  // and unroll this far: exp and tanh of several vectors overlap
-constexpr int kMaxRegisters = 256;
 
 // Block lengths. Its registers should stay far below L1, which the operands stream through too: 8
 // KiB measured up to 1.6 times faster than 24 KiB on long backward programs. Below 256 elements the
@@ -220,9 +219,10 @@ class Worker {
       for (int k = 0; k < call_.count(); ++k) offset[k] += index * call_.operands[k].stride[d];
     }
 
-    T* reg[kMaxRegisters];
+    T* reg[fastffn::kMaxRegisters];
     std::memcpy(reg, home_, sizeof(T*) * code_.registers);
-    const bool whole = n % kLanes == 0;
+    const int64_t padded = (n + kLanes - 1) & -kLanes;
+    const bool whole = n == padded;
     T* in_place[fastffn::kMaxOperands];  // operands that are used where they lie, else null
     for (int k = 0; k < call_.count(); ++k) {
       const Operand& operand = call_.operands[k];
@@ -233,9 +233,9 @@ class Worker {
         home = in_place[k];  // an input's register is only read
       } else if (input) {
         load(home, operand, offset[k], operand.stride[inner_], n);
+        for (int64_t j = n; j < padded; ++j) home[j] = T(0);  // computed too, and dropped
       }
     }
-    const int64_t padded = (n + kLanes - 1) & -kLanes;
     const int prefetched = code_.length >= kLongProgram ? call_.count() : 0;
     for (int i = 0; i < code_.length; ++i) {
       const Instruction& at = code_.instructions[i];
@@ -257,7 +257,7 @@ class Worker {
   const Code& code_;
   const Blocks& blocks_;
   const int inner_;
-  T* home_[kMaxRegisters];
+  T* home_[fastffn::kMaxRegisters];
   bool dense_[fastffn::kMaxOperands];
 };
 
@@ -271,7 +271,6 @@ void run(const Elementwise& call) {
     const int64_t bytes = call.code->registers * blocks.length * static_cast<int64_t>(sizeof(T));
     char* raw = static_cast<char*>(__builtin_alloca(bytes + 63));
     T* memory = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t{63});
-    std::memset(memory, 0, bytes);  // the padding of a short block is computed on something defined
     Worker<T> worker(call, blocks, memory);
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     worker.run(total * thread / threads, total * (thread + 1) / threads);

@@ -10,7 +10,7 @@ import math
 import operator
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 from .primitives import opcode, primitives
@@ -34,8 +34,7 @@ def _guarded(function, overflow):
 
 
 _exp = _guarded(math.exp, math.inf)
-_ENVIRONMENT = {
-    "__builtins__": {},
+_NUMBERS = {
     "where": _where,
     "maximum": lambda a, b: a if a != a or a > b else b,
     "exp": _exp,
@@ -46,12 +45,16 @@ _ENVIRONMENT = {
 }
 
 
-@cache
-def _function(name: str):
-    """The opcode's formula as a Python function of its operands."""
+def formula(name: str, functions: Mapping[str, Callable]) -> Callable:
+    """The opcode's formula as a Python function of its operands, over the given functions."""
     op = opcode(name)
     body = re.sub(r"\bC\(([^()]*)\)", r"\1", op.formula)
-    return eval(f"lambda {', '.join(op.operands)}: {body}", dict(_ENVIRONMENT))
+    return eval(f"lambda {', '.join(op.operands)}: {body}", {"__builtins__": {}, **functions})
+
+
+@cache
+def _function(name: str) -> Callable:
+    return formula(name, _NUMBERS)
 
 
 def apply(op: str, *values: float) -> float:
@@ -96,7 +99,9 @@ def evaluate_gene(gene, hidden_size: int = 12, rows: int = 4) -> list[float]:
     The hidden size is small but divisible by 1, 2, 3 and 4, so that the ratios of the published
     space have widths of their own.
     """
-    width = gene.width(hidden_size)
+    width = max(1, int(gene.ratio * gene.base * hidden_size))
+    if "x" in gene.segments.middle.inputs:
+        width = min(width, hidden_size)
     shape = {"up": (width, hidden_size), "gate": (width, hidden_size), "down": (hidden_size, width)}
     maps = {name: _fixed_map(name, *size) for name, size in shape.items()}
 

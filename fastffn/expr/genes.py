@@ -30,7 +30,7 @@ from .tree import Expr
 LINEAR = ("up", "gate", "down")
 X, Z1, ZG, Z2 = "x", "z1", "zg", "z2"  # inputs of the segments
 
-_HEAD = re.compile(r"\s*(\d+)\s*x\s*(\d+)(?:\s*/\s*(\d+))?\s+(?=\S)")
+_HEAD = re.compile(r"\s*(\d+)\s*x\s*(\d+)(?:\s*/\s*(\d+))?")
 _LEGACY = re.compile(r"linear([1-9]\d*)_([1-9]\d*)")
 
 
@@ -79,8 +79,13 @@ class Gene:
         """
         head = _HEAD.match(text)
         if head:
-            if int(head[3] or 1) == 0:
-                raise ExprError("the ratio divides by zero", text, head.start(3))
+            for part, name in ((1, "stack"), (2, "ratio"), (3, "ratio's divisor")):
+                if head[part] and int(head[part]) == 0:
+                    raise ExprError(f"the {name} must be positive", text, head.start(part))
+            if not text[head.end() :].strip():
+                raise ExprError("the expression is missing after the widths", text, len(text))
+            if not text[head.end()].isspace():
+                raise ExprError("a blank is missing after the widths", text, head.end())
             body = " " * head.end() + text[head.end() :]  # positions stay those of `text`
             stack, ratio = int(head[1]), Fraction(int(head[2]), int(head[3] or 1))
         else:

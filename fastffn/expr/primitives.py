@@ -1,6 +1,6 @@
 """The table of primitives, read from `csrc/primitives.def`.
 
-The C++ and CUDA interpreters include that file, the Triton generator pastes its formulas, and this
+The C++ interpreter includes that file, the Triton generator pastes its formulas, and this
 module gives it to Python; so an activation is one line there and no backend can drift from another.
 
 Every line owns four consecutive opcodes, in this order (the interpreter's enumeration is built the
@@ -20,6 +20,7 @@ OPERANDS = {
     "GATED": {"t": "a", "": "at", "da": "gat"},
     "FUSED": {"": "abc"},
 }
+COMMUTATIVE = frozenset({"add", "mul", "max"})
 PLACES = {"t": 0, "": 1, "da": 2, "db": 3, "ty": 3}  # of the slots within a line's opcodes
 
 _LINE = re.compile(r"^(BINARY|UNARY|GATED|FUSED)\((.*)\)\s*$", re.MULTILINE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import ExprError
-from .primitives import primitives
+from .primitives import COMMUTATIVE, primitives
 
 MAX_HEIGHT = 32  # deeper than any searched or published gene; bounds the recursion of every pass
 
@@ -64,6 +64,9 @@ class Expr:
     def _text(self) -> str:  # kept, like the hash: every call of an op names its expression
         return self.name if self.is_leaf else f"{self.op}({', '.join(map(str, self.args))})"
 
+    def __reduce__(self):  # without what is kept: the hash of a text differs between processes
+        return Expr, (self.op, self.args, self.name)
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -98,7 +101,7 @@ class Expr:
         args = tuple(arg.canonical() for arg in self.args)
         if len(args) == 2 and args[0] == args[1] and self.op == "max":
             return args[0]
-        if len(args) == 2:  # every binary primitive is commutative
+        if self.op in COMMUTATIVE:
             args = tuple(sorted(args, key=str))
         return Expr(self.op, args, self.name)
 

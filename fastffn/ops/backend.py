@@ -15,19 +15,35 @@ from types import ModuleType
 
 import torch  # before _C: both then share torch's OpenMP runtime
 
+from ..errors import UserError
+
 BUILD_RECORD = Path(__file__).resolve().parent.parent / "_build.json"
+
+
+def _reference_only() -> bool:
+    wanted = os.environ.get("FASTFFN_BACKEND", "")
+    if wanted not in ("", "reference"):
+        raise UserError(f"FASTFFN_BACKEND={wanted}: it is reference, or unset")
+    return wanted == "reference"
 
 
 @functools.cache
 def cpp() -> tuple[ModuleType | None, str]:
-    """The extension module, or None; and the reason in words."""
-    if os.environ.get("FASTFFN_BACKEND") == "reference":
+    """The extension module, or None; and the reason in words.
+
+    Raises:
+        UserError: the environment asks for a backend or an instruction set that is not there.
+    """
+    if _reference_only():
         return None, "FASTFFN_BACKEND=reference"
     try:
         module = importlib.import_module("fastffn._C")
     except ImportError as error:
         return None, _why_absent(error)
-    return module, f"built, runs on {module.isa()}"
+    try:
+        return module, f"built, runs on {module.isa()}"
+    except ValueError as error:
+        raise UserError(f"FASTFFN_ISA: {error}") from None
 
 
 def _why_absent(error: ImportError) -> str:
@@ -42,7 +58,7 @@ def _why_absent(error: ImportError) -> str:
 @functools.cache
 def triton() -> tuple[ModuleType | None, str]:
     """The module of generated elementwise kernels, or None; and the reason in words."""
-    if os.environ.get("FASTFFN_BACKEND") == "reference":
+    if _reference_only():
         return None, "FASTFFN_BACKEND=reference"
     if not torch.cuda.is_available():
         return None, "no CUDA device"

@@ -3,23 +3,27 @@
 Shapes broadcast as in torch. The forward keeps its inputs and nothing else; the backward Program
 recomputes what it needs, which costs less than writing and reading intermediates. One op boundary:
 schema, fake and device implementations are registered, and the autograd.Function sits at the op's
-Autograd key, so that opcheck passes and torch.compile takes the op whole. (torch.library.custom_op
-with register_autograd does the same at about twice the overhead per call.)
+Autograd key, so that opcheck passes and torch.compile takes the op whole.
+(torch.library.custom_op with register_autograd does the same at about twice the overhead per call.)
+
+Who serves a call: csrc for dense CPU tensors, the Triton kernel for CUDA tensors, and the reference
+for everything else (other devices, function transforms, a library without csrc, more operands or
+dimensions than csrc takes).
 """
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import UserError
 from ..expr import Expr, Program, backward_program, forward_program
 from . import backend, reference
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc DType
-_MAX_DIMS, _MAX_OPERANDS, _MAX_REGISTERS = 8, 16, 256  # csrc/elementwise.h, csrc/module.cpp
+_HALVES = (torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("fastffn", "FRAGMENT")
 _library.define("elementwise(str expr, Tensor[] inputs) -> Tensor")
@@ -28,7 +32,7 @@ _library.define(
 )
 
 
-def elementwise(expr: Expr | str, **inputs: Tensor) -> Tensor:
+def elementwise(expr: Expr | str, /, **inputs: Tensor) -> Tensor:
     """Evaluates an expression over tensors.
 
     Args:
@@ -39,51 +43,43 @@ def elementwise(expr: Expr | str, **inputs: Tensor) -> Tensor:
 
     Returns:
         A tensor of the broadcast shape. It is differentiable once; for gradients of gradients use
-        `fastffn.ops.reference.elementwise`. (A lone add, mul or relu is torch's own operator.)
+        `fastffn.ops.reference.elementwise`. (A lone add, mul or relu is torch's own operator, and
+        under forward-mode differentiation or a function transform so is every operation.)
 
     Raises:
         ExprError: the text is no expression.
-        UserError: a tensor is missing, unknown, of another device or no floating-point tensor;
-            shapes that do not broadcast.
+        UserError: a tensor is missing, unknown, of another device or no dense floating-point
+            tensor; shapes that do not broadcast.
     """
-    text, names = _describe(expr)
+    text, names, lone = _describe(expr)
     if tuple(inputs) != names:
         _check_names(text, names, inputs)
     tensors = [inputs[name] for name in names]
     _check_tensors(names, tensors)
-    if _is_torchs_own(text):
+    if lone is not None:
+        op, *operands = lone
         _shape(tensors)
+        return reference.PRIMITIVES[op](*(inputs[name] for name in operands))
+    if _is_transformed():
         return reference.elementwise(_compiled(text).expr, inputs)
-    return _autograd(text, tensors) if _plain(tensors) else _forward_op(text, tensors)
+    return _autograd(text, tensors) if _is_plain(tensors) else _forward_op(text, tensors)
 
 
-def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...]]:
-    """The text of the expression and the names of its inputs."""
-    text = expr if isinstance(expr, str) else str(expr)
-    return text, _compiled(text).expr.inputs
-
-
-def _is_torchs_own(text: str) -> bool:
-    """Whether the expression is one operation that memory bounds in both directions: nothing is
-    left to fuse, and torch's own operator has the lower overhead per call.
+def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...], tuple[str, ...] | None]:
+    """Text, names of the inputs, and (operation, operands) where torch's own operator serves best:
+    one operation that memory bounds in both directions, so that there is nothing to fuse.
     """
+    text = expr if isinstance(expr, str) else str(expr)
     expr = _compiled(text).expr
-    return expr.height == 1 and expr.op in ("add", "mul", "relu")
+    lone = None
+    if expr.height == 1 and expr.op in ("add", "mul", "relu"):
+        lone = (expr.op, *(arg.name for arg in expr.args))
+    return text, expr.inputs, lone
 
 
-# torch.compile then calls them while tracing instead of tracing them. This is all that
+# torch.compile then calls it while tracing instead of tracing it. This is all that
 # torch.compiler.assume_constant_result does, without its import of the whole compiler (1.6 s).
 _describe._dynamo_marked_constant = True
-_is_torchs_own._dynamo_marked_constant = True
-
-
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether only autograd sees the call: the dispatcher, half of the overhead, is left out."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    )
 
 
 def _check_names(text: str, names: tuple[str, ...], inputs: dict[str, Tensor]) -> None:
@@ -96,10 +92,14 @@ def _check_names(text: str, names: tuple[str, ...], inputs: dict[str, Tensor]) -
 
 def _check_tensors(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
     for name, tensor in zip(names, tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"elementwise: {name} is a {type(tensor).__name__}, not a tensor")
         if tensor.dtype not in _DTYPES:
             raise UserError(
                 f"elementwise: {name} is {tensor.dtype}; take float32, float64, bfloat16 or float16"
             )
+        if tensor.layout is not torch.strided:
+            raise UserError(f"elementwise: {name} is {tensor.layout}; make it dense first")
         if tensor.device != tensors[0].device:
             raise UserError(
                 f"elementwise: {name} is on {tensor.device} and {names[0]} on {tensors[0].device}; "
@@ -107,31 +107,64 @@ def _check_tensors(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """What is derived once per expression text."""
+def _is_transformed() -> bool:
+    """Whether vmap, jvp or another transform is active, which the op has no rule for."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
-    expr: Expr
-    forward: Program
+
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether only autograd sees the call: the dispatcher, half of the overhead, is left out."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.autograd._profiler_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(
+            type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
+            for tensor in tensors
+        )
+    )
+
+
+class _Pass:
+    """One Program, and its form for csrc."""
+
+    def __init__(self, program: Program):
+        self.program = program
 
     @functools.cached_property
-    def native_forward(self):
-        return backend.cpp()[0].Program(self.forward.packed())
+    def native(self):
+        """csrc's Program, or None if it has more operands or registers than csrc takes."""
+        module, packed = backend.cpp()[0], self.program.packed()
+        operands = len(self.program.inputs) + len(self.program.outputs)
+        registers = int.from_bytes(packed[4:6], "little")
+        if operands > module.MAX_OPERANDS or registers > module.MAX_REGISTERS:
+            return None
+        return module.Program(packed)
 
-    @functools.cache  # noqa: B019  the instances live as long as the cache of texts anyway
-    def backward(self, wanted: tuple[bool, ...]) -> Program:
-        names = [n for n, want in zip(self.expr.inputs, wanted, strict=True) if want]
-        return backward_program(self.expr, tuple(names))
 
-    @functools.cache  # noqa: B019
-    def native_backward(self, wanted: tuple[bool, ...]):
-        return backend.cpp()[0].Program(self.backward(wanted).packed())
+class _Compiled:
+    """The Programs of one expression text."""
+
+    def __init__(self, expr: Expr):
+        self.expr = expr
+        self.forward = _Pass(forward_program(expr))
+        self._backward: dict[tuple[bool, ...], _Pass] = {}
+
+    def backward(self, wanted: tuple[bool, ...]) -> _Pass:
+        if wanted not in self._backward:
+            names = [n for n, want in zip(self.expr.inputs, wanted, strict=True) if want]
+            self._backward[wanted] = _Pass(backward_program(self.expr, tuple(names)))
+        return self._backward[wanted]
 
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(text: str) -> _Compiled:
-    expr = Expr.parse(text)
-    return _Compiled(expr, forward_program(expr))
+    return _Compiled(Expr.parse(text))
 
 
 def _shape(tensors: Sequence[Tensor]) -> torch.Size:
@@ -145,7 +178,10 @@ def _shape(tensors: Sequence[Tensor]) -> torch.Size:
 
 
 def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    """As torch promotes: tensors without dimensions count only if there are no others."""
+    counted = [tensor.dtype for tensor in tensors if tensor.dim()]
+    counted = counted or [tensor.dtype for tensor in tensors]
+    return functools.reduce(torch.promote_types, counted)
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, like: Sequence[Tensor]) -> Tensor:
@@ -156,121 +192,107 @@ def _empty(shape: torch.Size, dtype: torch.dtype, like: Sequence[Tensor]) -> Ten
     return like[0].new_empty(shape, dtype=dtype)
 
 
-def _run_cpp(native, size: torch.Size, tensors: Sequence[Tensor]) -> None:
+def _run(which: _Pass, size: torch.Size, inputs: Sequence[Tensor], outputs: list[Tensor]) -> None:
+    """Runs the Program into `outputs`, by the first backend that takes these tensors."""
+    device = outputs[0].device.type
+    if device in ("cpu", "cuda") and not any(x._is_zerotensor() for x in inputs):
+        inputs = [x.resolve_neg() for x in inputs]  # a sign may be a flag that memory does not show
+        run = _run_triton if device == "cuda" else _run_cpp
+        if run(which, size, inputs, outputs):
+            return
+    wide = [x.float() if x.dtype in _HALVES else x for x in inputs]  # as the others compute
+    for output, result in zip(outputs, reference.run(which.program, wide), strict=True):
+        output.copy_(result)
+
+
+def _run_cpp(which: _Pass, size: torch.Size, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Whether csrc is there and takes them; if so, it has run."""
+    module = backend.cpp()[0]
+    if module is None or len(size) > module.MAX_DIMS or which.native is None:
+        return False
     operands = [
         (
-            tensor.data_ptr(),
-            _DTYPES[tensor.dtype],
-            tensor.stride() if tensor.shape == size else tensor.expand(size).stride(),
+            x.data_ptr(),
+            _DTYPES[x.dtype],
+            x.stride() if x.shape == size else x.expand(size).stride(),
         )
-        for tensor in tensors
+        for x in (*inputs, *outputs)
     ]
-    backend.cpp()[0].elementwise(native, size, operands)
+    module.elementwise(which.native, size, operands)
+    return True
 
 
-def _cpp_takes(program: Program, dims: int) -> bool:
-    return (
-        backend.cpp()[0] is not None
-        and dims <= _MAX_DIMS
-        and len(program.inputs) + len(program.outputs) <= _MAX_OPERANDS
-        and program.registers <= _MAX_REGISTERS
-    )
-
-
-def _rows(tensor: Tensor, size: torch.Size) -> Tensor:
-    """`tensor` over `size` as two dimensions; a copy only if its strides cannot say so."""
+def _run_triton(which: _Pass, size: torch.Size, inputs: list[Tensor], outputs) -> bool:
+    """Whether Triton is there; if so, it has run."""
+    module = backend.triton()[0]
+    if module is None:
+        return False
+    if size.numel() == 0:
+        return True
     columns = size[-1] if size else 1
-    return tensor.expand(size).reshape(-1, columns)
 
+    def rows(tensor: Tensor) -> Tensor:  # a copy only if two dimensions cannot say its strides
+        return tensor.expand(size).reshape(-1, columns)
 
-def _run_triton(program: Program, size: torch.Size, inputs: Sequence[Tensor], outputs) -> None:
-    views = [_rows(output, size) for output in outputs]
-    backend.triton()[0].run(program, [_rows(tensor, size) for tensor in inputs], views)
+    views = [rows(output) for output in outputs]
+    module.run(which.program, [rows(tensor) for tensor in inputs], views)
     for output, view in zip(outputs, views, strict=True):
-        if (
-            view.data_ptr() != output.data_ptr()
-        ):  # an output whose strides two dimensions cannot say
+        if view.data_ptr() != output.data_ptr():
             output.copy_(view.view(size))
+    return True
 
 
 def _forward(text: str, inputs: Sequence[Tensor]) -> Tensor:
-    compiled = _compiled(text)
-    size = _shape(inputs)
-    if inputs[0].is_cuda and backend.triton()[0]:
-        output = _empty(size, _dtype(inputs), inputs)
-        _run_triton(compiled.forward, size, inputs, [output])
-        return output
-    if not inputs[0].is_cuda and _cpp_takes(compiled.forward, len(size)):
-        output = _empty(size, _dtype(inputs), inputs)
-        _run_cpp(compiled.native_forward, size, (*inputs, output))
-        return output
-    output = reference.elementwise(
-        compiled.expr, dict(zip(compiled.expr.inputs, inputs, strict=True))
-    )
-    return output.clone() if compiled.expr.is_leaf else output
-
-
-def _gradients_like(grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    """Where the backward writes: each gradient over the whole size, before it is summed."""
-    size = grad.shape
-    gradients = []
-    for tensor, want in zip(inputs, wanted, strict=True):
-        if want:
-            summed = tensor.shape != size and tensor.dtype in (torch.bfloat16, torch.float16)
-            dtype = torch.float32 if summed else tensor.dtype
-            gradients.append(_empty(size, dtype, (*inputs, grad)))
-    return gradients
-
-
-def _backward(
-    text: str, grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[Tensor]:
-    compiled = _compiled(text)
-    wanted = tuple(wanted)
-    targets = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-    program = compiled.backward(wanted)
-    on_gpu = grad.is_cuda and backend.triton()[0]
-    if on_gpu or (not grad.is_cuda and _cpp_takes(program, grad.dim())):
-        gradients = _gradients_like(grad, inputs, wanted)
-        if on_gpu:
-            _run_triton(program, grad.shape, (grad, *inputs), gradients)
-        else:
-            native = compiled.native_backward(wanted)
-            _run_cpp(native, grad.shape, (grad, *inputs, *gradients))
-        return [
-            gradient.sum_to_size(tensor.shape).to(tensor.dtype)
-            if gradient.shape != tensor.shape
-            else gradient
-            for gradient, tensor in zip(gradients, targets, strict=True)
-        ]
-    with torch.enable_grad():
-        leaves = [
-            tensor.detach().requires_grad_(want)
-            for tensor, want in zip(inputs, wanted, strict=True)
-        ]
-        output = reference.elementwise(
-            compiled.expr, dict(zip(compiled.expr.inputs, leaves, strict=True))
-        )
-    needed = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-    return [g.clone() for g in torch.autograd.grad(output, needed, grad.to(output.dtype))]
+    compiled, size = _compiled(text), _shape(inputs)
+    output = _empty(size, _dtype(inputs), inputs)
+    _run(compiled.forward, size, inputs, [output])
+    return output
 
 
 def _fake_forward(text: str, inputs: list[Tensor]) -> Tensor:
     return _empty(_shape(inputs), _dtype(inputs), inputs)
 
 
-def _fake_backward(
+def _gradients(
+    grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The wanted inputs, and where the backward writes their gradients before they are summed.
+
+    A gradient has the whole size, and float32 for a half that will be summed.
+    """
+    size, targets, gradients = grad.shape, [], []
+    for tensor, want in zip(inputs, wanted, strict=True):
+        if want:
+            summed = tensor.shape != size and tensor.dtype in _HALVES
+            dtype = torch.float32 if summed else tensor.dtype
+            targets.append(tensor)
+            gradients.append(_empty(size, dtype, (*inputs, grad)))
+    return targets, gradients
+
+
+def _backward(
     text: str, grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor]:
-    targets = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    compiled, wanted = _compiled(text), tuple(wanted)
+    targets, gradients = _gradients(grad, inputs, wanted)
+    _run(compiled.backward(wanted), grad.shape, (grad, *inputs), gradients)
     return [
-        target.new_empty(target.shape) if target.shape != grad.shape else gradient
-        for target, gradient in zip(targets, _gradients_like(grad, inputs, wanted), strict=True)
+        gradient if gradient.shape == x.shape else gradient.sum_to_size(x.shape).to(x.dtype)
+        for x, gradient in zip(targets, gradients, strict=True)
+    ]
+
+
+def _fake_backward(
+    text: str, grad: Tensor, inputs: list[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    return [
+        gradient if gradient.shape == x.shape else x.new_empty(x.shape)
+        for x, gradient in zip(*_gradients(grad, inputs, wanted), strict=True)
     ]
 
 
 def _below_autograd(text: str, inputs: Sequence[Tensor]) -> Tensor:
-    if _plain(inputs):
+    if _is_plain(inputs):
         return _forward(text, inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(text, inputs)
@@ -292,7 +314,7 @@ class _Elementwise(torch.autograd.Function):
             )
         wanted = ctx.needs_input_grad[1:]
         inputs = ctx.saved_tensors
-        run = _backward if _plain((grad, *inputs)) else _backward_op
+        run = _backward if _is_plain((grad, *inputs)) else _backward_op
         gradients = iter(run(ctx.text, grad, inputs, wanted))
         return None, *(next(gradients) if want else None for want in wanted)
 
@@ -303,9 +325,10 @@ def _autograd(text: str, inputs: Sequence[Tensor]) -> Tensor:
     return _below_autograd(text, inputs)
 
 
-_library.impl("elementwise", _forward, "CompositeExplicitAutograd")
+for _device in ("CPU", "CUDA", "CompositeExplicitAutograd"):  # the last: by the reference
+    _library.impl("elementwise", _forward, _device)
+    _library.impl("elementwise_backward", _backward, _device)
 _library.impl("elementwise", _autograd, "Autograd")
-_library.impl("elementwise_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastffn::elementwise", _fake_forward, lib=_library)
 torch.library.register_fake("fastffn::elementwise_backward", _fake_backward, lib=_library)
 _forward_op = torch.ops.fastffn.elementwise.default

@@ -1,17 +1,21 @@
 """Elementwise expressions in plain torch: the oracle of every other executor, and the fallback.
 
-Each primitive is one of torch's own functions, *not* the formula of the table, so that a wrong
-formula is caught. The gradients are torch's autograd through them.
+`elementwise` is the oracle: each primitive is one of torch's own functions, *not* the formula of
+the table, so that a wrong formula is caught, and the gradients are torch's autograd through them.
+
+`run` executes a Program, formula by formula, where no other executor can: below autograd there is
+no autograd to ask for a gradient.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..expr import Expr
+from ..expr import Expr, Program
+from ..expr.evaluate import formula
 
 PRIMITIVES = {
     "add": torch.add,
@@ -33,3 +37,24 @@ def elementwise(expr: Expr, inputs: Mapping[str, Tensor]) -> Tensor:
     if expr.is_leaf:
         return inputs[expr.name]
     return PRIMITIVES[expr.op](*(elementwise(arg, inputs) for arg in expr.args))
+
+
+def _maximum(a: Tensor, b: Tensor | float) -> Tensor:
+    return torch.maximum(a, b if isinstance(b, Tensor) else torch.full_like(a, b))
+
+
+@cache
+def _function(op: str):
+    names = ("where", "exp", "expm1", "tanh", "erf", "sigmoid")
+    functions = {name: getattr(torch, name) for name in names}
+    return formula(op, {**functions, "maximum": _maximum})
+
+
+def run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a Program in single assignment, over tensors that broadcast."""
+    registers = list(inputs)
+    for instruction in program.instructions:
+        function = _function(instruction.op)
+        sources = instruction.sources[: function.__code__.co_argcount]
+        registers.append(function(*(registers[source] for source in sources)))
+    return [registers[output] for output in program.outputs]
