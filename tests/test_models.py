@@ -219,6 +219,23 @@ def test_compiles_whole():
     torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state)
 
 
+def test_published_genes_compile_whole():
+    """The tiny preset's functions, every one of them, at a small size and with gradients."""
+    torch._dynamo.reset()
+    small = {"vocab_size": 40, "hidden_size": 24, "embedding_size": 8}
+    still = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    model = EfficientBertModel(EfficientBertConfig.preset("tiny", **small, **still))
+    assert model.config.genes == [str(gene) for gene in PUBLISHED]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got, want = compiled(tokens()).last_hidden_state, model(tokens()).last_hidden_state
+    torch.testing.assert_close(got, want)
+    parameters = list(model.encoder.parameters())
+    ours = torch.autograd.grad(got.square().sum(), parameters)
+    theirs = torch.autograd.grad(want.square().sum(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_set_genes():
     model = EfficientBertModel(tiny(supernet={"max_stack": 2, "max_width": 18})).eval()
     assert isinstance(model.encoder.layer[0].ffn, ElasticFFN)
