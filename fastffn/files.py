@@ -22,12 +22,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a result is an ordinary file
+        make_ordinary(temporary)  # mkstemp makes it private
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_ordinary(path: Path) -> None:
+    """Gives a file or directory the permissions that the user's umask gives to new ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

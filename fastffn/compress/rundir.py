@@ -21,7 +21,7 @@ from typing import Any
 
 from fastffn.compress.options import Options
 from fastffn.errors import UserError
-from fastffn.files import write_text_atomic
+from fastffn.files import make_ordinary, write_text_atomic
 
 _FORMAT = 1
 _STATE = "state.json"
@@ -166,7 +166,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-        temporary.chmod(0o755)
+            make_ordinary(file)  # some writers of weights make theirs private
+        make_ordinary(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
