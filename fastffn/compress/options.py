@@ -27,7 +27,7 @@ class Options:
         embedding_size: rank of a factorised word embedding; None: the teacher's own, unfactorised.
         minutes: how long the run may take. Numbers of steps follow from it and from the machine's
             speed, are written to the run directory as the `plan` and then stay.
-        plan: numbers that replace those found from `minutes`, see `schedule.Plan`: with the same
+        plan: numbers that replace those found from `minutes`, see `schedule.NAMES`: with the same
             plan a run computes the same elsewhere.
         out: the run directory.
         seed: of everything that is drawn by chance.

@@ -171,7 +171,10 @@ def _budget_note(budget: Mapping, found: Mapping) -> str:
     if any(_part(found, key) for key in ("searched", "no_search", "no_relations")):
         each = f" ({', '.join(spent)})" if spent else ""
         if budget.get("what") == "full":
-            note = f"Every row had as many steps as the student above{each}."
+            note = (
+                "Every row was distilled from the teacher's weights, for as many steps as the "
+                f"student above in the supernet and after it{each}."
+            )
         else:
             note = (
                 f"Every row had the same short distillation from the teacher's weights{each}, "
