@@ -1,15 +1,10 @@
 // The Python module fastffn._C. Free of torch headers: tensors arrive as addresses, sizes and
-// strides, so one build serves every torch. The callers in fastffn/ops check shapes, types and
-// devices; what is checked here is what would otherwise be undefined behaviour whatever the caller
-// does.
+// strides, so one build serves every torch.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <stdexcept>
-
+#include "bindings.h"
 #include "cpu/interpreter.h"
-#include "elementwise.h"
 #include "program.h"
 
 namespace py = pybind11;
@@ -17,36 +12,53 @@ namespace py = pybind11;
 namespace fastffn {
 namespace {
 
-// Operands: inputs, then outputs, each (address, dtype, strides in elements).
-using OperandTuple = std::tuple<uintptr_t, int, std::vector<int64_t>>;
-
 void elementwise(const Program& program, const std::vector<int64_t>& size,
                  const std::vector<OperandTuple>& operands) {
   Elementwise call{};
-  call.code = &program.code();
-  call.dims = static_cast<int>(size.size());
-  if (size.size() > kMaxDims) throw std::invalid_argument("elementwise: more than 8 dimensions");
-  if (operands.size() != static_cast<size_t>(call.count()))
-    throw std::invalid_argument("elementwise: operand count");
-  if (operands.size() > kMaxOperands)
-    throw std::invalid_argument("elementwise: more than 16 operands");
-  if (call.code->registers > kMaxRegisters)
-    throw std::invalid_argument("elementwise: more than 256 registers");
-  for (int d = 0; d < call.dims; ++d) {
-    call.size[d] = size[d];
-    if (size[d] == 0) return;
-  }
-  for (size_t k = 0; k < operands.size(); ++k) {
-    const auto& [address, dtype, strides] = operands[k];
-    if (strides.size() != size.size()) throw std::invalid_argument("elementwise: stride count");
-    if (dtype < 0 || dtype > 3) throw std::invalid_argument("elementwise: unknown dtype");
-    call.operands[k].data = reinterpret_cast<char*>(address);
-    call.operands[k].dtype = static_cast<DType>(dtype);
-    for (int d = 0; d < call.dims; ++d) call.operands[k].stride[d] = strides[d];
-  }
+  if (!make_elementwise(program, size, operands, call)) return;
   py::gil_scoped_release release;
-  call.coalesce();
   run_elementwise(call);
+}
+
+void summed_elementwise(const Program& program, int64_t rows, int64_t columns,
+                        const std::vector<MatrixTuple>& operands, uintptr_t sums, int64_t chunk,
+                        const std::vector<int>& summed) {
+  SummedElementwise call{};
+  if (!make_summed_elementwise(program, rows, columns, operands, sums, chunk, summed, call)) return;
+  py::gil_scoped_release release;
+  run_summed_elementwise(call);
+}
+
+void residual_norm(const Program& program, int64_t rows, int64_t columns,
+                   const std::vector<MatrixTuple>& inputs, const MatrixTuple& residual,
+                   const MatrixTuple& weight, const MatrixTuple& bias, double eps,
+                   uint32_t threshold, uintptr_t seed, const MatrixTuple& mean,
+                   const MatrixTuple& rstd, const MatrixTuple& y) {
+  ResidualNormForward call{};
+  if (!make_residual_norm({&program, rows, columns, inputs, residual, weight, bias, eps, threshold,
+                           seed, mean, rstd},
+                          y, call))
+    return;
+  py::gil_scoped_release release;
+  run_residual_norm(call);
+}
+
+void residual_norm_backward(const Program& program, int64_t rows, int64_t columns,
+                            const std::vector<MatrixTuple>& inputs, const MatrixTuple& residual,
+                            const MatrixTuple& weight, const MatrixTuple& bias, double eps,
+                            uint32_t threshold, uintptr_t seed, const MatrixTuple& mean,
+                            const MatrixTuple& rstd, const MatrixTuple& dy, const Program& gradient,
+                            const std::vector<MatrixTuple>& gradients, const MatrixTuple& dresidual,
+                            int added_to, uintptr_t sums, int64_t chunk,
+                            const std::vector<int>& summed) {
+  ResidualNormBackward call{};
+  if (!make_residual_norm_backward(
+          {&program, rows, columns, inputs, residual, weight, bias, eps, threshold, seed, mean,
+           rstd},
+          {dy, &gradient, gradients, dresidual, added_to, sums, chunk, summed}, call))
+    return;
+  py::gil_scoped_release release;
+  run_residual_norm_backward(call);
 }
 
 }  // namespace
@@ -59,6 +71,9 @@ PYBIND11_MODULE(_C, m) {
     return std::make_unique<Program>(std::string_view(packed));
   }));
   m.def("elementwise", &elementwise, py::arg("program"), py::arg("size"), py::arg("operands"));
+  m.def("summed_elementwise", &summed_elementwise);
+  m.def("residual_norm", &residual_norm);
+  m.def("residual_norm_backward", &residual_norm_backward);
   m.def("function", [](const std::string& name, uintptr_t from, uintptr_t to, int64_t n) {
     run_function(name, reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to), n);
   });

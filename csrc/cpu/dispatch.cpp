@@ -59,6 +59,18 @@ std::atomic<const Isa*>& active() {
 
 void run_elementwise(const Elementwise& call) { active().load()->variant->elementwise(call); }
 
+void run_summed_elementwise(const SummedElementwise& call) {
+  active().load()->variant->summed_elementwise(call);
+}
+
+void run_residual_norm(const ResidualNormForward& call) {
+  active().load()->variant->residual_norm(call);
+}
+
+void run_residual_norm_backward(const ResidualNormBackward& call) {
+  active().load()->variant->residual_norm_backward(call);
+}
+
 void run_function(std::string_view name, const float* from, float* to, int64_t n) {
   if (!active().load()->variant->function(std::string(name).c_str(), from, to, n)) {
     throw std::invalid_argument("unknown function " + std::string(name));

@@ -1,15 +1,19 @@
-// The CPU interpreter of Programs: entry point, and the variants that dispatch.cpp chooses from.
+// The CPU kernels over Programs: entry points, and the variants that dispatch.cpp chooses from.
 #pragma once
 
 #include <string_view>
 #include <vector>
 
 #include "../elementwise.h"
+#include "../residual_norm.h"
 
 namespace fastffn {
 
-// Runs one elementwise call on the OpenMP threads; the instruction set is chosen at the first call.
+// Run one call on the OpenMP threads; the instruction set is chosen at the first call.
 void run_elementwise(const Elementwise& call);
+void run_summed_elementwise(const SummedElementwise& call);
+void run_residual_norm(const ResidualNormForward& call);
+void run_residual_norm_backward(const ResidualNormBackward& call);
 
 // Name of the instruction set in use, and of all that this build holds and this processor runs.
 const char* active_isa();
@@ -22,9 +26,12 @@ void select_isa(std::string_view name);
 // numbers, for the tests of their accuracy; throws std::invalid_argument for another name.
 void run_function(std::string_view name, const float* from, float* to, int64_t n);
 
-// What one instruction set offers, from interpreter.isa.cpp.
+// What one instruction set offers, from the *.isa.cpp.
 struct Variant {
   void (*elementwise)(const Elementwise& call);
+  void (*summed_elementwise)(const SummedElementwise& call);
+  void (*residual_norm)(const ResidualNormForward& call);
+  void (*residual_norm_backward)(const ResidualNormBackward& call);
   bool (*function)(const char* name, const float* from, float* to, int64_t n);
 };
 namespace baseline {

@@ -15,147 +15,18 @@
 
 #include <cstring>
 
-#include "math.h"
+#include "block.h"
 
 namespace {
 
-using fastffn::Code;
-using fastffn::DType;
 using fastffn::Elementwise;
-using fastffn::Instruction;
 using fastffn::Operand;
-
-constexpr int64_t kLanes = 16;   // loops run to a multiple of it
-constexpr int64_t kStrip = 128;  // and unroll this far: exp and tanh of several vectors overlap
-
-// Block lengths. Its registers should stay far below L1, which the operands stream through too: 8
-// KiB measured up to 1.6 times faster than 24 KiB on long backward programs. Below 256 elements the
-// calls of the loops show. A program of one instruction keeps nothing, so its blocks are long.
-constexpr int64_t kRegisterBytes = 8 * 1024;
-constexpr int64_t kMinBlock = 256;
-constexpr int64_t kMaxBlock = 1024;
-constexpr int64_t kLoneBlock = 16 * 1024;
 
 // From this many instructions on the next block is prefetched, an operand an instruction: so long a
 // block leaves the hardware's prefetchers behind (1.5 times slower without it from 9 instructions
 // on, no faster with it up to 7).
 constexpr int kLongProgram = 8;
 constexpr int64_t kLine = 64;
-
-constexpr int64_t kSerialElements = 16 * 1024;  // fewer: waking threads costs more than they save
-
-template <class T>
-using Loop = void (*)(T* out, const T* s0, const T* s1, const T* s2, int64_t n);
-
-// One loop per opcode. The operand letters of each slot are those of fastffn/expr/primitives.py.
-#define C(value) static_cast<T>(value)
-#define STEP(v0, v1, v2, formula)      \
-  [[maybe_unused]] const T v0 = s0[i]; \
-  [[maybe_unused]] const T v1 = s1[i]; \
-  [[maybe_unused]] const T v2 = s2[i]; \
-  out[i] = formula;
-#define LOOP(name, v0, v1, v2, formula)                                                            \
-  static void name(T* out, const T* s0, const T* s1, const T* s2, int64_t n) {                     \
-    const int64_t strips = n & -kStrip, end = n & -kLanes;                                         \
-    for (int64_t at = 0; at < strips; at += kStrip) {                                              \
-      _Pragma("omp simd") for (int64_t i = at; i < at + kStrip; ++i) { STEP(v0, v1, v2, formula) } \
-    }                                                                                              \
-    _Pragma("omp simd") for (int64_t i = strips; i < end; ++i) { STEP(v0, v1, v2, formula) }       \
-  }
-template <class T>
-struct Loops {
-#define BINARY(name, y_, ga_, gb_) \
-  LOOP(name##_y, a, b, unused, y_) \
-  LOOP(name##_da, g, a, b, ga_)    \
-  LOOP(name##_db, g, a, b, gb_)
-#define UNARY(name, y_, ga_)              \
-  LOOP(name##_y, a, unused0, unused1, y_) \
-  LOOP(name##_da, g, a, y, ga_)
-#define GATED(name, t_, y_, ga_)          \
-  LOOP(name##_t, a, unused0, unused1, t_) \
-  LOOP(name##_y, a, t, unused, y_)        \
-  LOOP(name##_da, g, a, t, ga_)           \
-  static T name##_of(T a) {               \
-    const T t = t_;                       \
-    return y_;                            \
-  }                                       \
-  LOOP(name##_ty, a, unused0, unused1, name##_of(a))
-#define FUSED(name, y_) LOOP(name##_y, a, b, c, y_)
-#include "../primitives.def"
-#undef BINARY
-#undef UNARY
-#undef GATED
-#undef FUSED
-
-  // By opcode: four slots a primitive.
-  static constexpr Loop<T> table[] = {
-#define BINARY(name, ...) nullptr, name##_y, name##_da, name##_db,
-#define UNARY(name, ...) nullptr, name##_y, name##_da, nullptr,
-#define GATED(name, ...) name##_t, name##_y, name##_da, name##_ty,
-#define FUSED(name, ...) nullptr, name##_y, nullptr, nullptr,
-#include "../primitives.def"
-#undef BINARY
-#undef UNARY
-#undef GATED
-#undef FUSED
-  };
-};
-#undef LOOP
-#undef STEP
-#undef C
-
-template <class T, class S>
-void load_as(T* to, const char* data, int64_t offset, int64_t stride, int64_t n) {
-  const S* from = reinterpret_cast<const S*>(data) + offset;
-  if (stride == 1) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(from[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
-  }
-}
-
-template <class T, class S>
-void store_as(const T* from, char* data, int64_t offset, int64_t stride, int64_t n) {
-  S* to = reinterpret_cast<S*>(data) + offset;
-  if (stride == 1) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = narrow<S>(from[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(from[i]);
-  }
-}
-
-template <class T>
-void load(T* to, const Operand& from, int64_t offset, int64_t stride, int64_t n) {
-  switch (from.dtype) {
-    case DType::kFloat32:
-      return load_as<T, float>(to, from.data, offset, stride, n);
-    case DType::kFloat64:
-      return load_as<T, double>(to, from.data, offset, stride, n);
-    case DType::kBFloat16:
-      return load_as<T, bfloat16>(to, from.data, offset, stride, n);
-    case DType::kFloat16:
-      return load_as<T, float16>(to, from.data, offset, stride, n);
-  }
-}
-
-template <class T>
-void store(const T* from, const Operand& to, int64_t offset, int64_t stride, int64_t n) {
-  switch (to.dtype) {
-    case DType::kFloat32:
-      return store_as<T, float>(from, to.data, offset, stride, n);
-    case DType::kFloat64:
-      return store_as<T, double>(from, to.data, offset, stride, n);
-    case DType::kBFloat16:
-      return store_as<T, bfloat16>(from, to.data, offset, stride, n);
-    case DType::kFloat16:
-      return store_as<T, float16>(from, to.data, offset, stride, n);
-  }
-}
-
-template <class T>
-constexpr DType kNative = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
 
 // How the iteration space falls into blocks: the innermost dimension is cut, the others are counted
 // through.
@@ -164,20 +35,13 @@ struct Blocks {
   int64_t per_row;  // blocks along the innermost dimension
   int64_t rows;     // product of the other dimensions
 
-  Blocks(const Elementwise& call, int64_t element_bytes) {
+  template <class T>
+  static Blocks of(const Elementwise& call) {
     const int64_t columns = call.size[call.dims - 1];
-    const int64_t fit = kRegisterBytes / (call.code->registers * element_bytes) & -kStrip;
-    const int64_t most = call.code->length == 1 ? kLoneBlock
-                         : fit < kMinBlock      ? kMinBlock
-                         : fit > kMaxBlock      ? kMaxBlock
-                                                : fit;
-    per_row = (columns + most - 1) / most;
-    const int64_t even = (columns + per_row - 1) / per_row;
-    const int64_t step = even > kStrip ? kStrip : kLanes;
-    length = (even + step - 1) / step * step;
-    per_row = (columns + length - 1) / length;
-    rows = 1;
+    const int64_t length = block_length<T>(*call.code, columns);
+    int64_t rows = 1;
     for (int d = 0; d + 1 < call.dims; ++d) rows *= call.size[d];
+    return {length, (columns + length - 1) / length, rows};
   }
 };
 
@@ -221,19 +85,19 @@ class Worker {
 
     T* reg[fastffn::kMaxRegisters];
     std::memcpy(reg, home_, sizeof(T*) * code_.registers);
-    const int64_t padded = (n + kLanes - 1) & -kLanes;
-    const bool whole = n == padded;
+    const int64_t whole = padded(n);
     T* in_place[fastffn::kMaxOperands];  // operands that are used where they lie, else null
     for (int k = 0; k < call_.count(); ++k) {
       const Operand& operand = call_.operands[k];
       const bool input = k < code_.inputs;
-      in_place[k] = whole && dense_[k] ? reinterpret_cast<T*>(operand.data) + offset[k] : nullptr;
+      in_place[k] =
+          n == whole && dense_[k] ? reinterpret_cast<T*>(operand.data) + offset[k] : nullptr;
       T*& home = reg[input ? k : code_.results[k - code_.inputs]];
       if (in_place[k]) {
         home = in_place[k];  // an input's register is only read
       } else if (input) {
-        load(home, operand, offset[k], operand.stride[inner_], n);
-        for (int64_t j = n; j < padded; ++j) home[j] = T(0);  // computed too, and dropped
+        load(home, operand.data, operand.dtype, offset[k], operand.stride[inner_], n);
+        for (int64_t j = n; j < whole; ++j) home[j] = T(0);  // computed too, and dropped
       }
     }
     const int prefetched = code_.length >= kLongProgram ? call_.count() : 0;
@@ -242,14 +106,14 @@ class Worker {
       if (i < prefetched && in_place[i]) {
         for (int64_t j = n; j < 2 * n; j += kLine / sizeof(T)) __builtin_prefetch(in_place[i] + j);
       }
-      Loops<T>::table[at.opcode](reg[at.target], reg[at.source[0]], reg[at.source[1]],
-                                 reg[at.source[2]], padded);
+      loops_[at.opcode](reg[at.target], reg[at.source[0]], reg[at.source[1]], reg[at.source[2]],
+                        whole);
     }
     for (int k = 0; k < code_.outputs; ++k) {
       const int operand = code_.inputs + k;
       if (in_place[operand]) continue;
       const Operand& to = call_.operands[operand];
-      store(reg[code_.results[k]], to, offset[operand], to.stride[inner_], n);
+      store(reg[code_.results[k]], to.data, to.dtype, offset[operand], to.stride[inner_], n);
     }
   }
 
@@ -257,13 +121,14 @@ class Worker {
   const Code& code_;
   const Blocks& blocks_;
   const int inner_;
+  const fastffn::FASTFFN_ISA::Loop<T>* const loops_ = fastffn::FASTFFN_ISA::loops<T>();
   T* home_[fastffn::kMaxRegisters];
   bool dense_[fastffn::kMaxOperands];
 };
 
 template <class T>
 void run(const Elementwise& call) {
-  const Blocks blocks(call, sizeof(T));
+  const Blocks blocks = Blocks::of<T>(call);
   const int64_t total = blocks.rows * blocks.per_row;
   const bool serial = blocks.rows * call.size[call.dims - 1] < kSerialElements;
 #pragma omp parallel if (!serial)
@@ -302,6 +167,7 @@ bool function(const char* name, const float* from, float* to, int64_t n) {
 
 namespace fastffn::FASTFFN_ISA {
 
-const Variant variant = {elementwise, function};
+const Variant variant = {elementwise, summed_elementwise, residual_norm, residual_norm_backward,
+                         function};
 
 }  // namespace fastffn::FASTFFN_ISA
