@@ -3,6 +3,8 @@
     math     the functions that the formulas of csrc/primitives.def call, for Triton
     codegen  Program -> the text of a Triton function, kept in real files
     segment  one elementwise Program over 2-D operands in one kernel (its text: segment_source)
+    linear   matrix products with a Program for epilogue (their text: linear_source), and weight
+             gradients (linear_weight)
     tiles    block sizes and warps by formula
 
 Nothing here asks for a GPU until a kernel is launched. docs/kernels.md says why it is built so.

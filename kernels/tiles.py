@@ -6,6 +6,7 @@ measured on a GPU.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 WARP = 32
 _WARPS = 4  # of an elementwise block: small blocks fill the last wave better
@@ -51,3 +52,107 @@ def segment_rows(columns: int, vector: int) -> Tile:
     if width is None:
         width = min(widths, key=waste)
     return Tile(elements // width, width, _WARPS)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """One block computes `rows` x `columns` of a matrix product with `warps` warps.
+
+    `depth` terms of the sums are added at a time; `stages` such pieces of both factors are in
+    flight in shared memory.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+_FILLED = 128  # blocks from which on a device counts as filled (an H100 has 132 multiprocessors)
+
+
+@cache
+def linear(
+    M: int, N: int, K: int, item: int, capability: tuple[int, int], products: int = 1
+) -> ProductTile:
+    """Tile of a product [M, K] x [K, N] of items of `item` bytes, on a compute capability.
+
+    16-bit: 128 x 64, which computes 576 columns for N = 540 where 128 wide computes 640; wider
+    tiles spill. 32-bit: 64 x 64, since arithmetic without tensor cores keeps operands in registers.
+    Tiles are halved as long as they leave multiprocessors idle. Two products, and sm_80 (whose
+    tensor cores take operands from registers), spread a tile over eight warps.
+
+    The rows depend on M, N and `item` only: callers allocate partial sums by them.
+    """
+    rows = 128 if item == 2 else 64
+    columns = max(16, min(64, next_power_of_2(N)))
+    while rows > 32 and ceil_div(M, rows) * ceil_div(N, columns) < _FILLED:
+        rows //= 2
+    if columns == 64 and ceil_div(M, rows) * ceil_div(N, columns) < _FILLED:
+        columns = 32
+    wide = rows * columns == 128 * 64 and (products == 2 or capability < (9, 0))
+    depth = max(16, min(64 if item == 2 else 32, next_power_of_2(K)))
+    return ProductTile(rows, columns, depth, 8 if wide else 4, 3)
+
+
+def weight_gradient(N: int, K: int, item: int, capability: tuple[int, int]) -> ProductTile:
+    """Tile of a weight gradient [N, K] of items of `item` bytes; `depth` is the rows of a step."""
+    rows, columns = (max(16, min(64, next_power_of_2(size))) for size in (N, K))
+    return ProductTile(rows, columns, 64 if item == 2 else 32, 4, 3)
+
+
+def parts_of_rows(M: int, N: int, K: int, tile: ProductTile) -> tuple[int, int]:
+    """Into how many parts a weight gradient splits M rows, as (steps of each part, parts).
+
+    Enough that all multiprocessors have several blocks, but at least four steps to a part.
+    """
+    blocks = ceil_div(N, tile.rows) * ceil_div(K, tile.columns)
+    steps = ceil_div(M, tile.depth)
+    most = max(4, steps // ceil_div(4 * _FILLED, blocks))
+    each = 1 << (min(most, max(4, steps)).bit_length() - 1)
+    return each, ceil_div(steps, each)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """One step of a row kernel: `rows` rows of `chunks` x `width` columns by `warps` warps."""
+
+    chunks: int
+    rows: int
+    width: int
+    warps: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def residual_norm(columns: int, vector: int, elements: int) -> RowTile:
+    """Tile of the row kernel; `vector`: columns of one load, `elements`: most in a thread.
+
+    A row belongs to one warp while a thread then holds at most `elements` of it, else to the fewest
+    warps that do: within a warp, sums over a row are shuffles without a barrier. Of short rows a
+    warp takes several.
+    """
+    lanes = min(WARP, _power_of_two(ceil_div(columns, vector)))
+    per_row = 1
+    while per_row < 16 and ceil_div(columns, WARP * per_row * vector) * vector > elements:
+        per_row *= 2
+    width = lanes * per_row * vector
+    warps = max(_WARPS, per_row)
+    chunks = _power_of_two(ceil_div(columns, width))
+    return RowTile(chunks, warps // per_row * (WARP // lanes), width, warps)
+
+
+def residual_norm_chunks(rows: int, processors: int) -> int:
+    """Into how many ranges of rows the column sums are split, on so many multiprocessors.
+
+    Two blocks fit on a multiprocessor by their registers, and eight rows to a range keep the partial
+    sums short beside what they are sums of.
+    """
+    return max(1, min(2 * processors, ceil_div(rows, 8)))

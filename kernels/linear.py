@@ -1,0 +1,246 @@
+"""Matrix products with a Program for epilogue: forward and data gradient of an FFN's linear maps.
+
+    acc_n = a @ weights[n] + biases[n]          one or two, fp32
+    outputs = program(acc_0[, acc_1], *extras)  stored
+    sums[t, s] = column sums of outputs[summed[s]] over the rows of tile t
+
+    a        [M, K]            weights  [K, N] each    biases  [N] each, or None
+    extras   [M, N] each       outputs  [M, N] each
+    sums     [rows_of_sums(M, N, K, dtype), len(summed), N] fp32
+
+Fused: the bias, the whole elementwise segment behind the product, and the sums that the gradients
+of biases need; an accumulator goes to memory only if it is an output. Two weights are a gated
+FFN's: a tile of `a` is loaded once for both. With a backward Program the same kernel computes the
+data gradient: acc_0 is the upstream gradient of the segment, the extras are the segment's inputs.
+
+Nothing is required of the strides: a weight may be a leading slice of a larger one, or transposed.
+How wide the loads are follows from them. A letter says in which direction an operand is dense: k
+(along K), n (along N), m (an [M, N] operand along N), g (in none). Across a dense direction the
+stride is passed divided by V, the largest power of two that divides all strides of its kind, and
+multiplied by the constant V inside: so the compiler sees that 540 is a multiple of 4. N and K are
+constants of the kernel, which makes masks along them as wide as the loads; a model has few of
+them. Strides and M are run-time numbers.
+
+Why not a library's product and an elementwise kernel: at 540 columns the traffic of the segment
+costs as much as the product. Why no TMA: its rows are multiples of 16 bytes, and 540 items of 16
+bits are not. Why no atomics: partial sums per tile, added by the caller, give equal bits for equal
+inputs.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+import triton.language as tl
+
+from ..expr import Program
+from . import codegen, linear_source, tiles
+from .linear_operands import (
+    DTYPES,
+    INT32_MAX,
+    capability,
+    precision,
+    readable,
+    strides,
+    vector,
+)
+from .linear_weight import weight_gradient
+from .segment import Launch
+
+__all__ = ["plan", "rows_of_sums", "run", "weight_gradient"]
+
+_REMEMBERED = 4096
+_GROUP = 8  # tiles of rows that walk all columns together
+
+
+class _Linear:
+    """The kernels of one Program, by form."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.live = codegen.live_inputs(program)
+        self.kernels: dict[linear_source.Form, object] = {}
+
+    def kernel(self, form: linear_source.Form):
+        if form not in self.kernels:
+            module = codegen.load("linear", linear_source.text(self.program, form))
+            self.kernels[form] = getattr(module, linear_source.kernel_name(self.program))
+        return self.kernels[form]
+
+
+_linears: dict[int, _Linear] = {}
+
+
+def _linear(program: Program) -> _Linear:
+    """By identity: hashing a Program costs as much as a launch. Holding it keeps the identity."""
+    found = _linears.get(id(program))
+    if found is None:
+        if len(_linears) >= _REMEMBERED:
+            _linears.clear()
+        found = _linears[id(program)] = _Linear(program)
+    return found
+
+
+def rows_of_sums(M: int, N: int, K: int, dtype: torch.dtype) -> int:
+    """How many partial column sums `run` stores for factors of `dtype`: one per tile of rows."""
+    return tiles.ceil_div(M, tiles.linear(M, N, K, dtype.itemsize, (8, 0)).rows)
+
+
+def _check(a, weights, biases, program, extras, outputs, sums, summed) -> tuple[int, int, int]:
+    """M, N and K, of operands that fit together."""
+    products = len(weights)
+    if products not in (1, 2) or len(biases) != products:
+        raise ValueError(f"one or two weights with a bias or None each, not {len(weights)}")
+    if len(program.inputs) != products + len(extras) or len(program.outputs) != len(outputs):
+        raise ValueError(
+            f"the program has {len(program.inputs)} inputs and {len(program.outputs)} outputs, "
+            f"not {products + len(extras)} and {len(outputs)}"
+        )
+    if a.dtype not in DTYPES or any(w.dtype != a.dtype for w in weights):
+        types = ", ".join(str(x.dtype) for x in (a, *weights))
+        raise ValueError(f"factors must be fp32, bf16 or fp16 and of one type, not {types}")
+    M, K = a.shape
+    N = weights[0].shape[1]
+    wanted = [(a, (M, K)), *((w, (K, N)) for w in weights), *((x, (M, N)) for x in extras)]
+    wanted += [(b, (N,)) for b in biases if b is not None] + [(x, (M, N)) for x in outputs]
+    if sums is not None or summed:
+        wanted.append((sums, (rows_of_sums(M, N, K, a.dtype), len(summed), N)))
+        if sums is None or sums.dtype != torch.float32 or not sums.is_contiguous():
+            raise ValueError("sums must be a contiguous fp32 tensor where outputs are summed")
+    for tensor, shape in wanted:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"a tensor is {tuple(tensor.shape)} where {shape} is needed")
+    return M, N, K
+
+
+def _factor(tensor: torch.Tensor) -> tuple[str, tuple[int, int]]:
+    """Letter of a factor [outer, K], and its strides (across K, along K)."""
+    across, along = strides(tensor)
+    return ("k" if along == 1 else "n" if across == 1 else "g"), (across, along)
+
+
+def plan(
+    a: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    program: Program,
+    extras: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    sums: torch.Tensor | None = None,
+    summed: tuple[int, ...] = (),
+    target: tuple[int, int] | None = None,
+) -> Launch | None:
+    """The launch that `run` would make, for a device of compute capability `target`.
+
+    Returns None where there is nothing to compute.
+
+    Raises:
+        ValueError: operands of the wrong number, shape or type.
+    """
+    M, N, K = _check(a, weights, biases, program, extras, outputs, sums, summed)
+    if M == 0 or N == 0:
+        return None
+    linear = _linear(program)
+    live = [extras[i - len(weights)] for i in linear.live if i >= len(weights)]
+    target = target or capability(a.device)
+    tile = tiles.linear(M, N, K, a.element_size(), target, len(weights))
+
+    a_letter, a_strides = _factor(a)
+    a_letter = "g" if a_letter == "n" else a_letter
+    factors = [_factor(w.t()) for w in weights]
+    matrices = [strides(x) for x in (*live, *outputs)]
+    letters = ["m" if column == 1 else "g" for _, column in matrices]
+
+    VA = vector([a], a_strides[0]) if a_letter == "k" else 1
+    pitches = [s[0] if letter == "k" else s[1] for letter, s in factors if letter != "g"]
+    VW = vector(weights, *pitches) if pitches else 1
+    dense = [(w, s[1]) for w, (letter, s) in zip(weights, factors, strict=True) if letter == "n"]
+    reach = min((readable(w, pitch, VW) for w, pitch in dense), default=N)
+    VW = math.gcd(VW, reach) if dense else VW
+    pitches = [row for (row, _), letter in zip(matrices, letters, strict=True) if letter == "m"]
+    V = vector([*live, *outputs], N, *pitches)
+
+    along = [VA] + [VW for letter, _ in factors if letter == "k"]
+    tail = "none" if K % tile.depth == 0 else "loop" if K % max(along) == 0 else "after"
+    bias_letters = [
+        "-" if b is None else "m" if b.stride(0) == 1 or N == 1 else "g" for b in biases
+    ]
+    form = linear_source.Form(
+        a=a_letter,
+        weights="".join(letter for letter, _ in factors),
+        biases="".join(bias_letters),
+        extras="".join(letters[: len(live)]),
+        outputs="".join(letters[len(live) :]),
+        summed=tuple(summed),
+        tail=tail,
+        even=N % tile.columns == 0,
+        aliased=bool({x.data_ptr() for x in live} & {x.data_ptr() for x in outputs}),
+    )
+
+    tensors, numbers = [a, *weights], []
+    for letter, pair, V_ in [(a_letter, a_strides, VA), *((*f, VW) for f in factors)]:
+        numbers += {"k": [pair[0] // V_], "n": [pair[1] // V_]}.get(letter, pair)
+    for bias, letter in zip(biases, bias_letters, strict=True):
+        tensors += [] if bias is None else [bias]
+        numbers += [bias.stride(0)] if letter == "g" else []
+    tensors += [*live, *outputs, *([] if not summed else [sums])]
+    for letter, (row, column) in zip(letters, matrices, strict=True):
+        numbers += [row // V] if letter == "m" else [row, column]
+
+    extents = [tile.rows * abs(a_strides[0]) + tile.depth * abs(a_strides[1])]
+    extents += [tile.columns * abs(s[0]) + tile.depth * abs(s[1]) for _, s in factors]
+    extents += [tile.rows * abs(row) + tile.columns * abs(column) for row, column in matrices]
+    constants = {
+        "N": N,
+        "K": K,
+        "READABLE": reach,
+        "VA": VA,
+        "VW": VW,
+        "V": V,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": _GROUP,
+        "PRECISION": precision(a.dtype),
+        "INDEX": tl.int32 if max(extents) <= INT32_MAX else tl.int64,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    grid = (tiles.ceil_div(M, tile.rows) * tiles.ceil_div(N, tile.columns),)
+    return Launch(linear.kernel(form), grid, (*tensors, *numbers, M), constants)
+
+
+def run(
+    a: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    program: Program,
+    extras: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    sums: torch.Tensor | None = None,
+    summed: tuple[int, ...] = (),
+) -> None:
+    """Computes the module's formula on the current stream of the operands' device.
+
+    Args:
+        a: [M, K], fp32, bf16 or fp16, any strides.
+        weights: one or two [K, N] of the type of `a`, any strides: `parameter.t()` of a parameter
+            [N, K] for a forward, the parameter itself for a data gradient.
+        biases: [N] or None for each weight.
+        program: as built by `forward_program` or `backward_program`, not allocated; its first
+            inputs are the products in the order of `weights`, the others `extras`. An output may be
+            an input's register.
+        extras: [M, N] each, any strides, also 0; those no output depends on are not read.
+        outputs: [M, N] each, fp32, bf16 or fp16, written whole. One may be one of `extras` (same
+            address and strides); no other memory may be shared.
+        sums: contiguous fp32 [rows_of_sums(M, N, K, a.dtype), len(summed), N], written whole.
+        summed: positions of the outputs to sum, before they are rounded.
+
+    Raises:
+        ValueError: operands of the wrong number, shape or type.
+    """
+    launch = plan(a, weights, biases, program, extras, outputs, sums, summed)
+    if launch is None:
+        return
+    with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
+        launch.kernel[launch.grid](*launch.arguments, **launch.constants)
