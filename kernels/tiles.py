@@ -74,14 +74,23 @@ _FILLED = 128  # blocks from which on a device counts as filled (an H100 has 132
 
 @cache
 def linear(
-    M: int, N: int, K: int, item: int, capability: tuple[int, int], products: int = 1
+    M: int,
+    N: int,
+    K: int,
+    item: int,
+    capability: tuple[int, int],
+    matrices: int = 2,
+    width: int = VECTOR_BYTES,
 ) -> ProductTile:
     """Tile of a product [M, K] x [K, N] of items of `item` bytes, on a compute capability.
 
     16-bit: 128 x 64, which computes 576 columns for N = 540 where 128 wide computes 640; wider
     tiles spill. 32-bit: 64 x 64, since arithmetic without tensor cores keeps operands in registers.
-    Tiles are halved as long as they leave multiprocessors idle. Two products, and sm_80 (whose
-    tensor cores take operands from registers), spread a tile over eight warps.
+    Tiles are halved as long as they leave multiprocessors idle. They are spread over eight warps on
+    sm_80, whose tensor cores take operands from registers, and where the epilogue holds many
+    `matrices` (products, extras and results); beyond five these make them half as wide. Factors of
+    which less than 4 bytes can be loaded at a time (`width`) come by way of registers, and so are
+    fetched in smaller pieces.
 
     The rows depend on M, N and `item` only: callers allocate partial sums by them.
     """
@@ -91,15 +100,20 @@ def linear(
         rows //= 2
     if columns == 64 and ceil_div(M, rows) * ceil_div(N, columns) < _FILLED:
         columns = 32
-    wide = rows * columns == 128 * 64 and (products == 2 or capability < (9, 0))
-    depth = max(16, min(64 if item == 2 else 32, next_power_of_2(K)))
-    return ProductTile(rows, columns, depth, 8 if wide else 4, 3)
+    if matrices > 5:
+        columns = min(32, columns)
+    crowded = capability < (9, 0) or matrices > 3 or width < 4
+    return ProductTile(rows, columns, _depth(K, item, width), 8 if crowded and rows > 64 else 4, 3)
 
 
-def weight_gradient(N: int, K: int, item: int, capability: tuple[int, int]) -> ProductTile:
-    """Tile of a weight gradient [N, K] of items of `item` bytes; `depth` is the rows of a step."""
+def weight_gradient(N: int, K: int, item: int, width: int = VECTOR_BYTES) -> ProductTile:
+    """Tile of a weight gradient [N, K] as in `linear`; `depth` is the rows of a step."""
     rows, columns = (max(16, min(64, next_power_of_2(size))) for size in (N, K))
-    return ProductTile(rows, columns, 64 if item == 2 else 32, 4, 3)
+    return ProductTile(rows, columns, _depth(64, item, width), 4, 3)
+
+
+def _depth(terms: int, item: int, width: int) -> int:
+    return max(16, min(32 if item == 4 or width < 4 else 64, next_power_of_2(terms)))
 
 
 def parts_of_rows(M: int, N: int, K: int, tile: ProductTile) -> tuple[int, int]:
@@ -128,10 +142,6 @@ class RowTile:
     warps: int
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def residual_norm(columns: int, vector: int, elements: int) -> RowTile:
     """Tile of the row kernel; `vector`: columns of one load, `elements`: most in a thread.
 
@@ -139,20 +149,20 @@ def residual_norm(columns: int, vector: int, elements: int) -> RowTile:
     warps that do: within a warp, sums over a row are shuffles without a barrier. Of short rows a
     warp takes several.
     """
-    lanes = min(WARP, _power_of_two(ceil_div(columns, vector)))
+    lanes = min(WARP, next_power_of_2(ceil_div(columns, vector)))
     per_row = 1
     while per_row < 16 and ceil_div(columns, WARP * per_row * vector) * vector > elements:
         per_row *= 2
     width = lanes * per_row * vector
     warps = max(_WARPS, per_row)
-    chunks = _power_of_two(ceil_div(columns, width))
+    chunks = next_power_of_2(ceil_div(columns, width))
     return RowTile(chunks, warps // per_row * (WARP // lanes), width, warps)
 
 
 def residual_norm_chunks(rows: int, processors: int) -> int:
     """Into how many ranges of rows the column sums are split, on so many multiprocessors.
 
-    Two blocks fit on a multiprocessor by their registers, and eight rows to a range keep the partial
-    sums short beside what they are sums of.
+    Two blocks fit on a multiprocessor by their registers, and at least eight rows to a range keep
+    the partial sums short beside what they are sums of.
     """
     return max(1, min(2 * processors, ceil_div(rows, 8)))
