@@ -27,8 +27,10 @@ bits are not. Why no atomics: partial sums per tile, added by the caller, give e
 inputs.
 """
 
+import itertools
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -38,6 +40,7 @@ from . import codegen, linear_source, tiles
 from .linear_operands import (
     DTYPES,
     INT32_MAX,
+    aligned,
     capability,
     precision,
     readable,
@@ -113,10 +116,47 @@ def _check(a, weights, biases, program, extras, outputs, sums, summed) -> tuple[
     return M, N, K
 
 
-def _factor(tensor: torch.Tensor) -> tuple[str, tuple[int, int]]:
-    """Letter of a factor [outer, K], and its strides (across K, along K)."""
-    across, along = strides(tensor)
-    return ("k" if along == 1 else "n" if across == 1 else "g"), (across, along)
+@dataclass(frozen=True)
+class _Operand:
+    """A matrix as the kernel sees it.
+
+    Attributes:
+        tensor: moved back by `shift` elements to an aligned address.
+        letter: its dense direction.
+        strides: of rows and columns.
+        pitch: the stride across the dense direction; 0 if there is none.
+    """
+
+    tensor: torch.Tensor
+    letter: str
+    strides: tuple[int, int]
+    pitch: int
+    shift: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, along_columns: str, along_rows: str = "g") -> "_Operand":
+        row, column = strides(tensor)
+        letter, pitch = (along_columns, row) if column == 1 else (along_rows, column)
+        if letter == "g" or (column != 1 and row != 1):
+            return cls(tensor, "g", (row, column), 0, 0)
+        moved, shift = aligned(tensor)
+        return cls(moved, letter, (row, column), pitch, shift)
+
+    def numbers(self, V: int) -> tuple[int, ...]:
+        return self.strides if self.letter == "g" else (self.pitch // V,)
+
+    def reach(self, rows: int, columns: int) -> int:
+        """An upper bound of the offsets inside a tile."""
+        return rows * self.strides[0] + columns * self.strides[1]
+
+
+def _vector(operands: list[_Operand], *numbers: int) -> int:
+    """How many elements a load of any of `operands` takes."""
+    dense = [x for x in operands if x.letter != "g"]
+    if not dense:
+        return 1
+    divisors = [n for x in dense for n in (x.pitch, x.shift)]
+    return vector([x.tensor for x in operands], *divisors, *numbers)
 
 
 def plan(
@@ -142,58 +182,64 @@ def plan(
         return None
     linear = _linear(program)
     live = [extras[i - len(weights)] for i in linear.live if i >= len(weights)]
+    left = _Operand.of(a, "k")
+    rights = [_Operand.of(w.t(), "k", "n") for w in weights]
+    matrices = [_Operand.of(x, "m") for x in (*live, *outputs)]
+    names = ["a", *(f"w{n}" for n in range(len(weights)))]
+    names += [f"e{i}" for i in linear.live if i >= len(weights)]
+    names += [f"o{i}" for i in range(len(outputs))]
+    operands = [left, *rights, *matrices]
+
+    VA = _vector([left])
+    VW = _vector(rights)
+    wide = [(w, x) for w, x in zip(weights, rights, strict=True) if x.letter == "n"]
+    readable_columns = min((readable(w, x.pitch, VW) for w, x in wide), default=N)
+    VW = math.gcd(VW, readable_columns) if wide else VW
+    V = _vector(matrices, N)
+
     target = target or capability(a.device)
-    tile = tiles.linear(M, N, K, a.element_size(), target, len(weights))
-
-    a_letter, a_strides = _factor(a)
-    a_letter = "g" if a_letter == "n" else a_letter
-    factors = [_factor(w.t()) for w in weights]
-    matrices = [strides(x) for x in (*live, *outputs)]
-    letters = ["m" if column == 1 else "g" for _, column in matrices]
-
-    VA = vector([a], a_strides[0]) if a_letter == "k" else 1
-    pitches = [s[0] if letter == "k" else s[1] for letter, s in factors if letter != "g"]
-    VW = vector(weights, *pitches) if pitches else 1
-    dense = [(w, s[1]) for w, (letter, s) in zip(weights, factors, strict=True) if letter == "n"]
-    reach = min((readable(w, pitch, VW) for w, pitch in dense), default=N)
-    VW = math.gcd(VW, reach) if dense else VW
-    pitches = [row for (row, _), letter in zip(matrices, letters, strict=True) if letter == "m"]
-    V = vector([*live, *outputs], N, *pitches)
-
-    along = [VA] + [VW for letter, _ in factors if letter == "k"]
-    tail = "none" if K % tile.depth == 0 else "loop" if K % max(along) == 0 else "after"
+    width = min(VA, VW) * a.element_size()
+    held = len(weights) + len(live) + sum(r >= len(program.inputs) for r in program.outputs)
+    tile = tiles.linear(M, N, K, a.element_size(), target, held, width)
+    along = [VA] + [VW for x in rights if x.letter == "k"]
     bias_letters = [
         "-" if b is None else "m" if b.stride(0) == 1 or N == 1 else "g" for b in biases
     ]
+    letters = "".join(x.letter for x in operands)
+    extras_at, outputs_at = 1 + len(weights), 1 + len(weights) + len(live)
     form = linear_source.Form(
-        a=a_letter,
-        weights="".join(letter for letter, _ in factors),
+        a=letters[0],
+        weights=letters[1:extras_at],
         biases="".join(bias_letters),
-        extras="".join(letters[: len(live)]),
-        outputs="".join(letters[len(live) :]),
+        extras=letters[extras_at:outputs_at],
+        outputs=letters[outputs_at:],
         summed=tuple(summed),
-        tail=tail,
+        tail="none" if K % tile.depth == 0 else "loop" if K % max(along) == 0 else "after",
         even=N % tile.columns == 0,
+        shifted=frozenset(n for n, x in zip(names, operands, strict=True) if x.shift),
         aliased=bool({x.data_ptr() for x in live} & {x.data_ptr() for x in outputs}),
     )
 
-    tensors, numbers = [a, *weights], []
-    for letter, pair, V_ in [(a_letter, a_strides, VA), *((*f, VW) for f in factors)]:
-        numbers += {"k": [pair[0] // V_], "n": [pair[1] // V_]}.get(letter, pair)
-    for bias, letter in zip(biases, bias_letters, strict=True):
-        tensors += [] if bias is None else [bias]
-        numbers += [bias.stride(0)] if letter == "g" else []
-    tensors += [*live, *outputs, *([] if not summed else [sums])]
-    for letter, (row, column) in zip(letters, matrices, strict=True):
-        numbers += [row // V] if letter == "m" else [row, column]
-
-    extents = [tile.rows * abs(a_strides[0]) + tile.depth * abs(a_strides[1])]
-    extents += [tile.columns * abs(s[0]) + tile.depth * abs(s[1]) for _, s in factors]
-    extents += [tile.rows * abs(row) + tile.columns * abs(column) for row, column in matrices]
+    divisors = [VA, *(VW for _ in rights), *(V for _ in matrices)]
+    numbers = [x.numbers(divisor) for x, divisor in zip(operands, divisors, strict=True)]
+    given = [b for b in biases if b is not None]
+    numbers[extras_at:extras_at] = [
+        (b.stride(0),) for b, letter in zip(biases, bias_letters, strict=True) if letter == "g"
+    ]
+    numbers += [
+        (x.shift // divisor,) for x, divisor in zip(operands, divisors, strict=True) if x.shift
+    ]
+    tensors = [x.tensor for x in operands]
+    tensors[extras_at:extras_at] = given
+    reach = max(
+        left.reach(tile.rows, tile.depth),
+        *(x.reach(tile.columns, tile.depth) for x in rights),
+        *(x.reach(tile.rows, tile.columns) for x in matrices),
+    )
     constants = {
         "N": N,
         "K": K,
-        "READABLE": reach,
+        "READABLE": readable_columns,
         "VA": VA,
         "VW": VW,
         "V": V,
@@ -202,12 +248,13 @@ def plan(
         "DEPTH": tile.depth,
         "GROUP": _GROUP,
         "PRECISION": precision(a.dtype),
-        "INDEX": tl.int32 if max(extents) <= INT32_MAX else tl.int64,
+        "INDEX": tl.int32 if reach <= INT32_MAX else tl.int64,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
     grid = (tiles.ceil_div(M, tile.rows) * tiles.ceil_div(N, tile.columns),)
-    return Launch(linear.kernel(form), grid, (*tensors, *numbers, M), constants)
+    arguments = [*tensors, *([sums] if summed else []), *itertools.chain(*numbers), M]
+    return Launch(linear.kernel(form), grid, tuple(arguments), constants)
 
 
 def run(

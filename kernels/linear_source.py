@@ -29,6 +29,7 @@ class Form:
             steps are masked alike; "after", it follows the loop, whose loads are then as wide as
             the pitch allows although K is odd; "none".
         even: the tiles cover N exactly.
+        shifted: operands whose address is given as an aligned one and a distance from it.
         aliased: an output lies where an extra does.
     """
 
@@ -40,6 +41,7 @@ class Form:
     summed: tuple[int, ...]
     tail: str
     even: bool
+    shifted: frozenset[str]
     aliased: bool
 
 
@@ -98,7 +100,11 @@ def _stride(name: str, letter: str, vector: str, kind: str) -> str:
     return f"({name}.to({kind}) * {vector})" if letter != "g" else f"{name}.to({kind})"
 
 
-def _factor(name: str, letter: str, even: bool) -> tuple[list[str], str, str, str]:
+def _shift(name: str, vector: str, form: Form) -> str:
+    return f" + {name}_shift.to(tl.int64) * {vector}" if name in form.shifted else ""
+
+
+def _factor(name: str, letter: str, form: Form) -> tuple[list[str], str, str, str]:
     """Lines that set the base and the offsets; the step along K; the pointer; the mask along N."""
     left = name == "a"
     vector, outer, origin = ("VA", "i_in", "row") if left else ("VW", "j_in", "column")
@@ -109,11 +115,12 @@ def _factor(name: str, letter: str, even: bool) -> tuple[list[str], str, str, st
     if letter in "ng":
         along = _stride(f"{name}_along", letter, vector, "{0}")
     if letter == "n":
-        outer, mask = "j.to(INDEX)", "" if even else "j[None, :] < READABLE - column"
+        outer, mask = "j.to(INDEX)", "" if form.even else "j[None, :] < READABLE - column"
     outer, inner = (
         (f"{outer}[:, None]", "k_in[None, :]") if left else (f"{outer}[None, :]", "k_in[:, None]")
     )
     move = f"{name} += {origin}" + (f" * {across.format('tl.int64')}" if across else "")
+    move += _shift(name, vector, form)
     offsets = outer + (f" * {across.format('INDEX')}" if across else "")
     offsets += " + " + inner + (f" * {along.format('INDEX')}" if along else "")
     step = f"{name} += DEPTH" + (f" * {along.format('tl.int64')}" if along else "")
@@ -130,7 +137,7 @@ def _product(form: Form) -> tuple[list[str], list[str]]:
     """Lines before the loop along K, and the loop with what follows it."""
     names = ["a", *(f"w{n}" for n in range(len(form.weights)))]
     factors = [
-        _factor(name, letter, form.even)
+        _factor(name, letter, form)
         for name, letter in zip(names, form.a + form.weights, strict=True)
     ]
     start = [line for lines, *_ in factors for line in lines]
@@ -166,11 +173,12 @@ def _product(form: Form) -> tuple[list[str], list[str]]:
     return start, loop
 
 
-def _matrix(name: str, letter: str) -> tuple[str, str]:
+def _matrix(name: str, letter: str, form: Form) -> tuple[str, str]:
     """The line that moves the base of an [M, N] operand to the tile, and its pointers."""
     row = _stride(f"{name}_row", letter, "V", "{0}")
     column = "" if letter == "m" else f" * {name}_column.to({{0}})"
     move = f"{name} += row * {row.format('tl.int64')} + column{column.format('tl.int64')}"
+    move += _shift(name, "V", form)
     return move, f"{name} + (i * {row.format('INDEX')} + j{column.format('INDEX')})"
 
 
@@ -180,7 +188,7 @@ def _epilogue(program: Program, form: Form) -> list[str]:
     extras = [f"e{i}" for i in live if i >= products]
     lines = []
     for name, letter in zip(extras, form.extras, strict=True):
-        move, pointer = _matrix(name, letter)
+        move, pointer = _matrix(name, letter, form)
         lines += [move, f"{name}_tile = tl.load({pointer}, mask=live, other=0.0).to(tl.float32)"]
     if form.aliased:
         # Another thread may write the element that this one reads.
@@ -189,7 +197,7 @@ def _epilogue(program: Program, form: Form) -> list[str]:
     results = ", ".join(f"y{i}" for i in range(len(program.outputs)))
     lines.append(f"{results} = program({', '.join(values)})")
     for i, letter in enumerate(form.outputs):
-        move, pointer = _matrix(f"o{i}", letter)
+        move, pointer = _matrix(f"o{i}", letter, form)
         lines += [move, f"tl.store({pointer}, y{i}.to(o{i}.dtype.element_ty), mask=live)"]
     for position, output in enumerate(form.summed):
         lines += [
@@ -201,7 +209,7 @@ def _epilogue(program: Program, form: Form) -> list[str]:
 
 
 def parameters(program: Program, form: Form) -> tuple[list[str], list[str]]:
-    """Names of the tensors and of the strides, in the order of the kernel's parameters."""
+    """Names of the tensors, then of the strides and shifts, as the parameters are ordered."""
     extras = [f"e{i}" for i in codegen.live_inputs(program) if i >= len(form.weights)]
     tensors = ["a", *(f"w{n}" for n in range(len(form.weights)))]
     strides = [
@@ -217,6 +225,7 @@ def parameters(program: Program, form: Form) -> tuple[list[str], list[str]]:
     for name, letter in zip(matrices, form.extras + form.outputs, strict=True):
         tensors.append(name)
         strides += [f"{name}_{which}" for which in _STRIDES[letter]]
+    strides += [f"{name}_shift" for name in tensors if name in form.shifted]
     return tensors + (["sums"] if form.summed else []), strides
 
 

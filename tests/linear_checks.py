@@ -21,6 +21,7 @@ LAYOUTS = {  # shape of the memory; strides and offset of the [r, c] view of it
     "pitched transposed": lambda r, c: ((c + 1, r + 8 - r % 8), (1, r + 8 - r % 8), 0),
     "last slice": lambda r, c: ((r, c + 8 - c % 8), (c + 8 - c % 8, 1), 8 - c % 8),
     "shifted": lambda r, c: ((r, c + 5), (c + 5, 1), 3),
+    "second half": lambda r, c: ((r, 2 * c), (2 * c, 1), c),
     "stepped": lambda r, c: ((2 * r, 3 * c), (6 * c, 3), 0),
     "row": lambda r, c: ((1, c), (0, 1), 0),
     "column": lambda r, c: ((r, 1), (1, 0), 0),
