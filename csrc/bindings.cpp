@@ -54,7 +54,7 @@ void fill(const ResidualNormArguments& from, ResidualNorm& call) {
   call.weight = matrix(from.weight);
   call.bias = matrix(from.bias);
   call.eps = from.eps;
-  call.dropout = {from.threshold, reinterpret_cast<const uint64_t*>(from.seed)};
+  call.dropout = {from.threshold, reinterpret_cast<const uint64_t*>(from.seed), 0};
   call.mean = matrix(from.mean);
   call.rstd = matrix(from.rstd);
   const auto is_double = [](const Matrix& m) { return m.data && m.dtype == DType::kFloat64; };

@@ -5,6 +5,9 @@
 
 #include "bindings.h"
 #include "cpu/interpreter.h"
+#ifdef FASTFFN_CUDA
+#include "cuda/bindings.h"
+#endif
 #include "program.h"
 
 namespace py = pybind11;
@@ -33,12 +36,13 @@ void residual_norm(const Program& program, int64_t rows, int64_t columns,
                    const std::vector<MatrixTuple>& inputs, const MatrixTuple& residual,
                    const MatrixTuple& weight, const MatrixTuple& bias, double eps,
                    uint32_t threshold, uintptr_t seed, const MatrixTuple& mean,
-                   const MatrixTuple& rstd, const MatrixTuple& y) {
+                   const MatrixTuple& rstd, const MatrixTuple& y, int64_t first_row) {
   ResidualNormForward call{};
   if (!make_residual_norm({&program, rows, columns, inputs, residual, weight, bias, eps, threshold,
                            seed, mean, rstd},
                           y, call))
     return;
+  call.dropout.first_row = first_row;
   py::gil_scoped_release release;
   run_residual_norm(call);
 }
@@ -50,13 +54,14 @@ void residual_norm_backward(const Program& program, int64_t rows, int64_t column
                             const MatrixTuple& rstd, const MatrixTuple& dy, const Program& gradient,
                             const std::vector<MatrixTuple>& gradients, const MatrixTuple& dresidual,
                             int added_to, uintptr_t sums, int64_t chunk,
-                            const std::vector<int>& summed) {
+                            const std::vector<int>& summed, int64_t first_row) {
   ResidualNormBackward call{};
   if (!make_residual_norm_backward(
           {&program, rows, columns, inputs, residual, weight, bias, eps, threshold, seed, mean,
            rstd},
           {dy, &gradient, gradients, dresidual, added_to, sums, chunk, summed}, call))
     return;
+  call.dropout.first_row = first_row;
   py::gil_scoped_release release;
   run_residual_norm_backward(call);
 }
@@ -74,6 +79,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("summed_elementwise", &summed_elementwise);
   m.def("residual_norm", &residual_norm);
   m.def("residual_norm_backward", &residual_norm_backward);
+#ifdef FASTFFN_CUDA
+  bind_cuda(m);
+#endif
   m.def("function", [](const std::string& name, uintptr_t from, uintptr_t to, int64_t n) {
     run_function(name, reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to), n);
   });

@@ -36,10 +36,11 @@ FASTFFN_INLINE void philox(uint32_t (&w)[4], uint32_t key0, uint32_t key1) {
 
 // Dropout of a call: an element is kept with probability 1 - threshold / 65536 and then scaled.
 struct Dropout {
-  uint32_t threshold;    // 0: no dropout, and no seed is read
-  const uint64_t* seed;  // in the memory of the device that computes
+  uint32_t threshold;     // 0: no dropout, and no seed is read
+  const uint64_t* seed;   // in the memory of the device that computes
+  int64_t first_row = 0;  // row 0 of the call is this row of the mask
 
-  FASTFFN_INLINE float scale() const { return 65536.0f / (65536.0f - threshold); }
+  FASTFFN_INLINE double scale() const { return 65536.0 / (65536 - static_cast<int>(threshold)); }
 };
 
 }  // namespace fastffn

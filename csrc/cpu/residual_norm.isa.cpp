@@ -99,8 +99,8 @@ class Row {
                             ? read_row(call_.residual, call_.rows, n_, row, 0, n_, residual_)
                             : nullptr;
     if (const uint32_t threshold = call_.dropout.threshold) {
-      random_row(bits_, n_, row, seed_);
-      const T scale = call_.dropout.scale();
+      random_row(bits_, n_, call_.dropout.first_row + row, seed_);
+      const T scale = static_cast<T>(call_.dropout.scale());
 #pragma omp simd
       for (int64_t i = 0; i < n_; ++i) kept_[i] = bits_[i] >= threshold ? scale : T(0);
 #pragma omp simd

@@ -182,20 +182,29 @@ class _Builder:
         return Program(self.inputs, tuple(self.instructions), tuple(outputs), registers)
 
 
-def forward_program(expr: Expr) -> Program:
-    """Lowers `expr`: its inputs in order of first appearance, one output."""
-    builder = _Builder(expr.inputs)
+def forward_program(expr: Expr, inputs: tuple[str, ...] | None = None) -> Program:
+    """Lowers `expr` to a Program of one output; `inputs` if not in order of first appearance."""
+    builder = _Builder(expr.inputs if inputs is None else inputs)
     return builder.program([builder.value(expr)])
 
 
-def backward_program(expr: Expr, wanted: tuple[str, ...] | None = None) -> Program:
+def backward_program(
+    expr: Expr,
+    wanted: tuple[str, ...] | None = None,
+    added_to: tuple[str, ...] = (),
+    inputs: tuple[str, ...] | None = None,
+    value: bool = False,
+) -> Program:
     """The gradients of `expr` with respect to the inputs `wanted` (all of them by default).
 
-    Inputs: the upstream gradient, then the inputs of `expr`. Outputs: one gradient per wanted
-    input.
+    Inputs: the upstream gradient, then the inputs of `expr` (`inputs`, if given), then one per name
+    of `added_to`: what the gradient of that wanted input is added to. Outputs: one gradient per
+    wanted input, then the value of `expr` if `value`.
     """
-    wanted = expr.inputs if wanted is None else wanted
-    builder = _Builder((GRADIENT, *expr.inputs))
+    inputs = expr.inputs if inputs is None else inputs
+    wanted = inputs if wanted is None else wanted
+    others = tuple(f"{GRADIENT}_{name}" for name in added_to)
+    builder = _Builder((GRADIENT, *inputs, *others))
     adjoint = {expr: builder.register_of[GRADIENT]}
     for node in reversed(list(dict.fromkeys(expr.walk()))):  # operations before their operands
         if node.is_leaf or not set(node.inputs) & set(wanted):
@@ -207,4 +216,8 @@ def backward_program(expr: Expr, wanted: tuple[str, ...] | None = None) -> Progr
             adjoint[arg] = (
                 builder.emit("add", adjoint[arg], contribution) if arg in adjoint else contribution
             )
-    return builder.program([adjoint[Expr.leaf(name)] for name in wanted])
+    outputs = {name: adjoint[Expr.leaf(name)] for name in wanted}
+    for name, other in zip(added_to, others, strict=True):
+        outputs[name] = builder.emit("add", builder.register_of[other], outputs[name])
+    values = [builder.value(expr)] if value else []
+    return builder.program([outputs[name] for name in wanted] + values)

@@ -1,30 +1,38 @@
 """Who serves which call, and why not another.
 
-Three backends run the same Programs: `cpp` (csrc, CPU), `triton` (kernels/, CUDA) and `reference`
-(torch, everywhere). A call takes the first that is there and takes its tensors.
-FASTFFN_BACKEND=reference in the environment keeps the other two out, to compare or to rule them
-out when hunting a defect.
+The backends run the same Programs: `cpp` (csrc, CPU), `triton` (kernels/, CUDA), `cuda` (csrc's
+interpreter, CUDA) and `reference` (torch, everywhere). A call takes the first that is there and
+takes its tensors. FASTFFN_BACKEND=reference in the environment keeps the others out, to compare or
+to rule them out when hunting a defect; FASTFFN_BACKEND=interpreter keeps Triton out.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch  # before _C: both then share torch's OpenMP runtime
 
 from ..errors import UserError
+from . import matmul
 
 BUILD_RECORD = Path(__file__).resolve().parent.parent / "_build.json"
 
 
-def _reference_only() -> bool:
+def _setting() -> str:
     wanted = os.environ.get("FASTFFN_BACKEND", "")
-    if wanted not in ("", "reference"):
-        raise UserError(f"FASTFFN_BACKEND={wanted}: it is reference, or unset")
-    return wanted == "reference"
+    if wanted not in ("", "reference", "interpreter"):
+        raise UserError(f"FASTFFN_BACKEND={wanted}: it is reference, interpreter, or unset")
+    return wanted
+
+
+def _reference_only() -> bool:
+    return _setting() == "reference"
 
 
 @functools.cache
@@ -57,29 +65,63 @@ def _why_absent(error: ImportError) -> str:
 
 @functools.cache
 def triton() -> tuple[ModuleType | None, str]:
-    """The module of generated elementwise kernels, or None; and the reason in words."""
+    """fastffn.kernels with its kernels loaded, or None; and the reason in words."""
     if _reference_only():
         return None, "FASTFFN_BACKEND=reference"
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     try:
-        module = importlib.import_module("fastffn.kernels.segment")
+        for name in ("segment", "linear", "residual_norm"):
+            importlib.import_module(f"fastffn.kernels.{name}")
     except ImportError as error:
         return None, f"triton does not import ({error})"
-    return module, "triton imports and a CUDA device is there"
+    return importlib.import_module("fastffn.kernels"), "triton imports and a CUDA device is there"
+
+
+_interpreting = contextvars.ContextVar("fastffn_interpreting", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it CUDA tensors are served by csrc's interpreter: a new gene costs no compilation.
+
+    What a search wants, which meets a new one every few seconds. FASTFFN_BACKEND=interpreter does
+    so for a whole process. No effect in a build without CUDA, and none on the CPU, where the
+    interpreter always serves.
+    """
+    token = _interpreting.set(True)
+    try:
+        yield
+    finally:
+        _interpreting.reset(token)
+
+
+def cuda_engine() -> str:
+    """Who serves CUDA tensors: "triton", "cuda" (csrc's interpreter) or "reference"."""
+    module = cpp()[0]
+    interpreter = module is not None and hasattr(module, "cuda_elementwise")
+    wanted = _interpreting.get() or _setting() == "interpreter"
+    if interpreter and (wanted or triton()[0] is None):
+        return "cuda"
+    return "reference" if triton()[0] is None else "triton"
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def explain() -> list[tuple[str, str, str, str]]:
     """Rows (op, device, backend that serves it, reason), for `fastffn doctor`."""
     module, reason = cpp()
-    rows = [("elementwise", "cpu", "cpp" if module else "reference", reason)]
-    module, reason = triton()
-    rows.append(("elementwise", "cuda", "triton" if module else "reference", reason))
+    on_cpu = ("cpu", "cpp" if module else "reference", reason)
+    on_cuda = ("cuda", cuda_engine(), triton()[1])
+    rows = [
+        (op, *row) for op in ("elementwise", "residual_norm", "ffn") for row in (on_cpu, on_cuda)
+    ]
     rows += [
         ("relation_kl", device, "torch", "chunked torch operations on every device")
         for device in ("cpu", "cuda")
     ]
-    rows += [
-        ("linear", device, "torch", "matrix products are torch's") for device in ("cpu", "cuda")
-    ]
-    return rows
+    return [*rows, ("linear", "cpu", "torch", matmul.explain())]

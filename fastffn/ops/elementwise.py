@@ -6,9 +6,7 @@ schema, fake and device implementations are registered, and the autograd.Functio
 Autograd key, so that opcheck passes and torch.compile takes the op whole.
 (torch.library.custom_op with register_autograd does the same at about twice the overhead per call.)
 
-Who serves a call: csrc for dense CPU tensors, the Triton kernel for CUDA tensors, and the reference
-for everything else (other devices, function transforms, a library without csrc, more operands or
-dimensions than csrc takes).
+Who serves a call: see `execute`; under a function transform it is the reference.
 """
 
 import functools
@@ -19,11 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import UserError
-from ..expr import Expr, Program, backward_program, forward_program
-from . import backend, reference
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc DType
-_HALVES = (torch.bfloat16, torch.float16)
+from ..expr import Expr, backward_program, forward_program
+from . import execute, reference
+from .execute import DTYPES, HALVES, Pass
 
 _library = torch.library.Library("fastffn", "FRAGMENT")
 _library.define("elementwise(str expr, Tensor[] inputs) -> Tensor")
@@ -60,11 +56,20 @@ def elementwise(expr: Expr | str, /, **inputs: Tensor) -> Tensor:
         op, *operands = lone
         _shape(tensors)
         return reference.PRIMITIVES[op](*(inputs[name] for name in operands))
-    if _is_transformed():
+    if is_transformed():
         return reference.elementwise(_compiled(text).expr, inputs)
-    return _autograd(text, tensors) if _is_plain(tensors) else _forward_op(text, tensors)
+    return _autograd(text, tensors) if is_plain(tensors) else _forward_op(text, tensors)
 
 
+def constant_result(function):
+    """torch.compile calls the function while tracing instead of tracing it. This is all that
+    torch.compiler.assume_constant_result does, without its import of the whole compiler (1.6 s).
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_result
 def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...], tuple[str, ...] | None]:
     """Text, names of the inputs, and (operation, operands) where torch's own operator serves best:
     one operation that memory bounds in both directions, so that there is nothing to fuse.
@@ -75,11 +80,6 @@ def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...], tuple[str, ...] |
     if expr.height == 1 and expr.op in ("add", "mul", "relu"):
         lone = (expr.op, *(arg.name for arg in expr.args))
     return text, expr.inputs, lone
-
-
-# torch.compile then calls it while tracing instead of tracing it. This is all that
-# torch.compiler.assume_constant_result does, without its import of the whole compiler (1.6 s).
-_describe._dynamo_marked_constant = True
 
 
 def _check_names(text: str, names: tuple[str, ...], inputs: dict[str, Tensor]) -> None:
@@ -94,7 +94,7 @@ def _check_tensors(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
     for name, tensor in zip(names, tensors, strict=True):
         if not isinstance(tensor, Tensor):
             raise UserError(f"elementwise: {name} is a {type(tensor).__name__}, not a tensor")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise UserError(
                 f"elementwise: {name} is {tensor.dtype}; take float32, float64, bfloat16 or float16"
             )
@@ -107,7 +107,7 @@ def _check_tensors(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether vmap, jvp or another transform is active, which the op has no rule for."""
     if torch.compiler.is_compiling():
         return False
@@ -116,7 +116,7 @@ def _is_transformed() -> bool:
     )
 
 
-def _is_plain(tensors: Sequence[Tensor]) -> bool:
+def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether only autograd sees the call: the dispatcher, half of the overhead, is left out."""
     return (
         not torch.compiler.is_compiling()
@@ -130,35 +130,18 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-class _Pass:
-    """One Program, and its form for csrc."""
-
-    def __init__(self, program: Program):
-        self.program = program
-
-    @functools.cached_property
-    def native(self):
-        """csrc's Program, or None if it has more operands or registers than csrc takes."""
-        module, packed = backend.cpp()[0], self.program.packed()
-        operands = len(self.program.inputs) + len(self.program.outputs)
-        registers = int.from_bytes(packed[4:6], "little")
-        if operands > module.MAX_OPERANDS or registers > module.MAX_REGISTERS:
-            return None
-        return module.Program(packed)
-
-
 class _Compiled:
     """The Programs of one expression text."""
 
     def __init__(self, expr: Expr):
         self.expr = expr
-        self.forward = _Pass(forward_program(expr))
-        self._backward: dict[tuple[bool, ...], _Pass] = {}
+        self.forward = Pass(forward_program(expr))
+        self._backward: dict[tuple[bool, ...], Pass] = {}
 
-    def backward(self, wanted: tuple[bool, ...]) -> _Pass:
+    def backward(self, wanted: tuple[bool, ...]) -> Pass:
         if wanted not in self._backward:
             names = [n for n, want in zip(self.expr.inputs, wanted, strict=True) if want]
-            self._backward[wanted] = _Pass(backward_program(self.expr, tuple(names)))
+            self._backward[wanted] = Pass(backward_program(self.expr, tuple(names)))
         return self._backward[wanted]
 
 
@@ -192,60 +175,10 @@ def _empty(shape: torch.Size, dtype: torch.dtype, like: Sequence[Tensor]) -> Ten
     return like[0].new_empty(shape, dtype=dtype)
 
 
-def _run(which: _Pass, size: torch.Size, inputs: Sequence[Tensor], outputs: list[Tensor]) -> None:
-    """Runs the Program into `outputs`, by the first backend that takes these tensors."""
-    device = outputs[0].device.type
-    if device in ("cpu", "cuda") and not any(x._is_zerotensor() for x in inputs):
-        inputs = [x.resolve_neg() for x in inputs]  # a sign may be a flag that memory does not show
-        run = _run_triton if device == "cuda" else _run_cpp
-        if run(which, size, inputs, outputs):
-            return
-    wide = [x.float() if x.dtype in _HALVES else x for x in inputs]  # as the others compute
-    for output, result in zip(outputs, reference.run(which.program, wide), strict=True):
-        output.copy_(result)
-
-
-def _run_cpp(which: _Pass, size: torch.Size, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Whether csrc is there and takes them; if so, it has run."""
-    module = backend.cpp()[0]
-    if module is None or len(size) > module.MAX_DIMS or which.native is None:
-        return False
-    operands = [
-        (
-            x.data_ptr(),
-            _DTYPES[x.dtype],
-            x.stride() if x.shape == size else x.expand(size).stride(),
-        )
-        for x in (*inputs, *outputs)
-    ]
-    module.elementwise(which.native, size, operands)
-    return True
-
-
-def _run_triton(which: _Pass, size: torch.Size, inputs: list[Tensor], outputs) -> bool:
-    """Whether Triton is there; if so, it has run."""
-    module = backend.triton()[0]
-    if module is None:
-        return False
-    if size.numel() == 0:
-        return True
-    columns = size[-1] if size else 1
-
-    def rows(tensor: Tensor) -> Tensor:  # a copy only if two dimensions cannot say its strides
-        return tensor.expand(size).reshape(-1, columns)
-
-    views = [rows(output) for output in outputs]
-    module.run(which.program, [rows(tensor) for tensor in inputs], views)
-    for output, view in zip(outputs, views, strict=True):
-        if view.data_ptr() != output.data_ptr():
-            output.copy_(view.view(size))
-    return True
-
-
 def _forward(text: str, inputs: Sequence[Tensor]) -> Tensor:
     compiled, size = _compiled(text), _shape(inputs)
     output = _empty(size, _dtype(inputs), inputs)
-    _run(compiled.forward, size, inputs, [output])
+    execute.elementwise(compiled.forward, size, inputs, [output])
     return output
 
 
@@ -263,7 +196,7 @@ def _gradients(
     size, targets, gradients = grad.shape, [], []
     for tensor, want in zip(inputs, wanted, strict=True):
         if want:
-            summed = tensor.shape != size and tensor.dtype in _HALVES
+            summed = tensor.shape != size and tensor.dtype in HALVES
             dtype = torch.float32 if summed else tensor.dtype
             targets.append(tensor)
             gradients.append(_empty(size, dtype, (*inputs, grad)))
@@ -275,7 +208,7 @@ def _backward(
 ) -> list[Tensor]:
     compiled, wanted = _compiled(text), tuple(wanted)
     targets, gradients = _gradients(grad, inputs, wanted)
-    _run(compiled.backward(wanted), grad.shape, (grad, *inputs), gradients)
+    execute.elementwise(compiled.backward(wanted), grad.shape, (grad, *inputs), gradients)
     return [
         gradient if gradient.shape == x.shape else gradient.sum_to_size(x.shape).to(x.dtype)
         for x, gradient in zip(targets, gradients, strict=True)
@@ -292,7 +225,7 @@ def _fake_backward(
 
 
 def _below_autograd(text: str, inputs: Sequence[Tensor]) -> Tensor:
-    if _is_plain(inputs):
+    if is_plain(inputs):
         return _forward(text, inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(text, inputs)
@@ -314,7 +247,7 @@ class _Elementwise(torch.autograd.Function):
             )
         wanted = ctx.needs_input_grad[1:]
         inputs = ctx.saved_tensors
-        run = _backward if _is_plain((grad, *inputs)) else _backward_op
+        run = _backward if is_plain((grad, *inputs)) else _backward_op
         gradients = iter(run(ctx.text, grad, inputs, wanted))
         return None, *(next(gradients) if want else None for want in wanted)
 

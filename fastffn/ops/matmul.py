@@ -1,0 +1,70 @@
+"""Matrix products of the feed-forward block: torch's, by the library that is fast on this
+processor.
+
+In float32 on a CPU torch multiplies by MKL, which does not use AVX-512 on processors of other
+makers: on a Zen 5 it reached 190 GFLOP/s where oneDNN, which torch carries too, reached 440.
+oneDNN is reachable without linking it, through the operator that torch.compile uses for fused
+linear layers.
+So: oneDNN for float32 on CPUs that are not Intel's, if torch has it; everything else is torch's own
+choice. Both compute in float32 throughout.
+
+oneDNN takes the weight dense or transposed; on one with any other row stride it falls back to a
+scalar loop (a thousand times slower), so a column slice is copied first, which costs a row of the
+product's work.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _onednn():
+    """torch's operator of oneDNN's linear layer, or None where it is not the better choice."""
+    if not torch.backends.mkldnn.is_available() or _is_intel():
+        return None
+    try:
+        return torch.ops.mkldnn._linear_pointwise.default
+    except AttributeError:  # a private operator: absent in some builds, and free to go
+        return None
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+
+
+def explain() -> str:
+    """In words, for `fastffn doctor`."""
+    if _onednn() is None:
+        return "matrix products are torch's"
+    return "matrix products are torch's; float32 by oneDNN, since MKL is slow on this processor"
+
+
+def _is_dense(w: Tensor) -> bool:
+    return w.is_contiguous() or w.t().is_contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias.
+
+    Args:
+        x: [rows, K], any strides.
+        weight: [N, K], any strides (so that `linear(g, w.t())` is g @ w).
+        bias: [N] or None.
+
+    Returns:
+        [rows, N], contiguous.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel():
+        run = _onednn()
+        if run is not None and torch.backends.mkldnn.enabled:
+            dense = weight if _is_dense(weight) else weight.contiguous()
+            return run(x, dense, bias, "none", [], "")
+    if bias is None:
+        return torch.mm(x, weight.t())
+    return torch.addmm(bias, x, weight.t())
