@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastffn.expr import Expr, Program, backward_program, forward_program
 from fastffn.ops import reference
+from fastffn.ops import residual_norm_reference as norm_reference
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 DTYPES = list(CODES)
@@ -42,6 +43,36 @@ class Cuda:
         ]
         self.module.cuda_elementwise(self.program(program), size, operands, *self.where())
 
+    def summed_elementwise(
+        self,
+        program: Program,
+        operands: list[Tensor],
+        sums: Tensor,
+        chunk: int,
+        summed: tuple[int, ...],
+        routine: Tensor | None = None,
+        registers: int = 0,
+    ) -> None:
+        rows, columns = operands[-1].shape
+        self.module.cuda_summed_elementwise(
+            *(self.program(program), rows, columns, [matrix(x) for x in operands]),
+            *(sums.data_ptr(), chunk, list(summed), *self.where()),
+            routine=routine.data_ptr() if routine is not None else 0,
+            registers=registers,
+        )
+
+
+def matrix(x: Tensor | None) -> tuple[int, int, int, int]:
+    """A matrix or a row vector; a column vector must be given as a matrix."""
+    if x is None:
+        return 0, 0, 0, 0
+    row, column = x.stride() if x.dim() == 2 else (0, x.stride(0))
+    return x.data_ptr(), CODES[x.dtype], row, column
+
+
+def compute_type(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
+
 
 def poisoned(shape, dtype, device) -> Tensor:
     """Memory full of NaN, so that what a kernel forgets to write shows."""
@@ -66,3 +97,123 @@ def elementwise(cuda: Cuda, expr: Expr, inputs: dict[str, Tensor], grad: Tensor)
     cuda.elementwise(backward_program(expr), [grad.to(device), *moved], outs[1:])
     for what, out, want, usual in zip(["value", *expr.inputs], outs, exact, same, strict=True):
         assert_accurate(out.cpu(), want, usual, f"{what} of {expr}")
+
+
+def summed_elementwise(
+    cuda: Cuda, expr: Expr, inputs: dict[str, Tensor], grad: Tensor, chunk: int
+) -> None:
+    """The gradients of `expr` and their column sums, by the oracle rule; twice the same bits."""
+    (rows, columns), dtype, device = grad.shape, grad.dtype, cuda.device
+
+    def truth(kind: torch.dtype) -> list[Tensor]:
+        leaves = {
+            n: x.expand(grad.shape).to(kind, copy=True).requires_grad_() for n, x in inputs.items()
+        }
+        value = reference.elementwise(expr, leaves)
+        gradients = torch.autograd.grad(value, list(leaves.values()), grad.to(kind))
+        return [*gradients, *(gradient.sum(0) for gradient in reversed(gradients))]
+
+    exact, same = truth(torch.float64), truth(dtype)
+    count = len(expr.inputs)
+    summed = tuple(reversed(range(count)))
+    moved = [inputs[name].to(device).expand(grad.shape) for name in expr.inputs]
+    results = []
+    for _ in range(2):
+        outs = [poisoned(grad.shape, dtype, device) for _ in range(count)]
+        sums = poisoned((-(-rows // chunk), count, columns), compute_type(grad), device)
+        operands = [grad.to(device), *moved, *outs]
+        cuda.summed_elementwise(backward_program(expr), operands, sums, chunk, summed)
+        results.append([*outs, *sums.sum(0).unbind(0)])
+    for out, again, want, usual in zip(*results, exact, same, strict=True):
+        assert out.equal(again)
+        assert_accurate(out.cpu(), want, usual, str(expr))
+
+
+@dataclass
+class Norm:
+    """A call of the row kernel: layer_norm(residual + dropout(expr(inputs))) and its gradients.
+
+    The residual is the input `residual_of` of the expression too, or a tensor of its own.
+    """
+
+    expr: Expr
+    inputs: dict[str, Tensor]
+    residual: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    p: float = 0.0
+    seed: int = 0
+    eps: float = 1e-5
+    residual_of: str | None = None
+
+    def truth(self, kind: torch.dtype) -> dict[str, Tensor]:
+        """Value and gradients by torch; those that are row vectors are summed."""
+        leaves = {n: x.to(kind, copy=True).requires_grad_() for n, x in self.inputs.items()}
+        residual = leaves.get(self.residual_of)
+        if residual is None:
+            residual = leaves["residual"] = self.residual.to(kind, copy=True).requires_grad_()
+        affine = {"weight": self.weight, "bias": self.bias}
+        affine = {
+            n: x.to(kind, copy=True).requires_grad_() for n, x in affine.items() if x is not None
+        }
+        e = reference.elementwise(self.expr, {n: leaves[n] for n in self.expr.inputs})
+        e = e.expand(self.dy.shape)
+        weight, bias = affine.get("weight"), affine.get("bias")
+        y = norm_reference.residual_norm(e, residual, weight, bias, self.eps, self.p, self.seed)
+        leaves.update(affine)
+        gradients = torch.autograd.grad(y, list(leaves.values()), self.dy.to(kind))
+        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    def run(self, cuda: Cuda, chunk: int, first_row: int = 0) -> dict[str, Tensor]:
+        """The same by the kernels, the gradients of the first input summed over the rows too."""
+        device, (rows, columns), dtype = cuda.device, self.dy.shape, self.dy.dtype
+        inputs = [self.inputs[name].to(device) for name in self.expr.inputs]
+        residual, dy = self.residual.to(device), self.dy.to(device)
+        weight, bias = (x if x is None else x.to(device) for x in (self.weight, self.bias))
+        compute = compute_type(residual, *inputs)
+        mean, rstd = (poisoned((rows, 1), compute, device) for _ in range(2))
+        y = poisoned(dy.shape, dtype, device)
+        seed = torch.tensor([self.seed], device=device)
+        threshold = norm_reference.threshold(self.p)
+        common = [
+            *(cuda.program(forward_program(self.expr)), rows, columns),
+            *([matrix(x) for x in inputs], matrix(residual), matrix(weight), matrix(bias)),
+            *(self.eps, threshold, seed.data_ptr() if threshold else 0, matrix(mean), matrix(rstd)),
+        ]
+        cuda.module.cuda_residual_norm(*common, matrix(y), first_row, *cuda.where())
+        gradients = [poisoned(dy.shape, dtype, device) for _ in inputs]
+        alone = self.residual_of is None
+        dresidual = poisoned(dy.shape, dtype, device) if alone else None
+        added_to = -1 if alone else self.expr.inputs.index(self.residual_of)
+        sums = poisoned((-(-rows // chunk), 3, columns), compute, device)
+        cuda.module.cuda_residual_norm_backward(
+            *(*common, matrix(dy), cuda.program(backward_program(self.expr))),
+            *([matrix(x) for x in gradients], matrix(dresidual), added_to),
+            *(sums.data_ptr(), chunk, [0], first_row, *cuda.where()),
+        )
+        sums = sums.sum(0)
+        results = {"y": y, **dict(zip(self.expr.inputs, gradients, strict=True))}
+        if alone:
+            results["residual"] = dresidual
+        if self.weight is not None:
+            results["weight"] = sums[0]
+        if self.bias is not None:
+            results["bias"] = sums[1]
+        self.first_summed = sums[2].cpu()
+        return {name: x.cpu() for name, x in results.items()}
+
+    def check(self, cuda: Cuda, chunk: int = 4) -> dict[str, Tensor]:
+        """Runs twice: by the oracle rule, and twice the same bits."""
+        exact, same = self.truth(torch.float64), self.truth(self.dy.dtype)
+        if self.dy.shape[1] == 1:  # gradients are 0, and torch's are what is left of rounding
+            exact = {name: x.where(x.abs() > 1e-12, 0) for name, x in exact.items()}
+        results, again = self.run(cuda, chunk), self.run(cuda, chunk)
+        assert results.keys() == exact.keys()
+        for name, out in results.items():
+            assert out.equal(again[name])
+            assert_accurate(out, exact[name], same[name], f"{name} of {self.expr}")
+        first = self.expr.inputs[0]
+        want, usual = exact[first].sum(0), same[first].sum(0)
+        assert_accurate(self.first_summed, want, usual, f"sum of {first}")
+        return results

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
 #pragma unroll
       for (int d = 0; d < kMaxDims - 1; ++d)
         if (d < inner) offset += index[d] * operand.stride[d];
-      return {operand.data, operand.dtype, offset, operand.stride[inner]};
+      return {operand.data, operand.dtype, offset, operand.stride[inner], k};
     };
     const int64_t rest = call.size[inner] - column;
     const int n = rest < kLanes ? static_cast<int>(rest) : kLanes;

@@ -160,42 +160,45 @@ __device__ __forceinline__ void store(const T (&v)[kLanes], char* data, DType dt
   }
 }
 
-// Loads operands first .. first + count - 1 into the registers of those numbers, two at a time so
-// that their latencies overlap. place(k) gives operand k's data, dtype, offset and column stride;
-// bit k of `read` says whether anything reads it.
-template <class T, class PlaceOf>
-__device__ __forceinline__ void load_all(const Registers<T>& registers, int count, uint32_t read,
-                                         int n, PlaceOf place) {
-#pragma unroll 1
-  for (int k = 0; k < count; k += 2) {
-    const bool one = read >> k & 1, two = k + 1 < count && (read >> (k + 1) & 1);
-    Raw<T> raw[2];
-    if (one) raw[0] = fetch<T>(place(k).data, place(k).dtype, place(k).offset, place(k).stride, n);
-    if (two)
-      raw[1] = fetch<T>(place(k + 1).data, place(k + 1).dtype, place(k + 1).offset,
-                        place(k + 1).stride, n);
-    T v[kLanes];
-    if (one) {
-      widen(v, raw[0], place(k).dtype);
-      registers.write(k, v);
-    }
-    if (two) {
-      widen(v, raw[1], place(k + 1).dtype);
-      registers.write(k + 1, v);
-    }
-  }
-}
-
-// Where an operand's elements begin.
+// An operand's elements of one thread: where they begin, and the register that takes them.
 struct Located {
   char* data;
   DType dtype;
   int64_t offset;
   int64_t stride;
+  int slot;
 };
 
-__device__ __forceinline__ Located locate(const Matrix& matrix, int64_t row, int64_t column) {
-  return {matrix.data, matrix.dtype, row * matrix.row + column * matrix.column, matrix.column};
+__device__ __forceinline__ Located locate(const Matrix& matrix, int64_t row, int64_t column,
+                                          int slot) {
+  return {matrix.data, matrix.dtype, row * matrix.row + column * matrix.column, matrix.column,
+          slot};
+}
+
+// Loads the first n elements of `count` operands, place(k) for operand k, two operands at a time so
+// that their latencies overlap. Bit k of `read` says whether anything reads operand k.
+template <class T, class PlaceOf>
+__device__ __forceinline__ void load_all(const Registers<T>& registers, int count, uint32_t read,
+                                         int n, PlaceOf place) {
+#pragma unroll 1
+  for (int k = 0; k < count; k += 2) {
+    const bool wanted[] = {(read >> k & 1) != 0, k + 1 < count && (read >> k & 2) != 0};
+    Raw<T> raw[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!wanted[i]) continue;
+      const Located from = place(k + i);
+      raw[i] = fetch<T>(from.data, from.dtype, from.offset, from.stride, n);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!wanted[i]) continue;
+      const Located from = place(k + i);
+      T v[kLanes];
+      widen(v, raw[i], from.dtype);
+      registers.write(from.slot, v);
+    }
+  }
 }
 
 }  // namespace fastffn::device

@@ -10,8 +10,8 @@
 
 namespace fastffn {
 
-constexpr int kMaxSteps =
-    160;  // two routines and the operands fit the 4 KB of a kernel's parameters
+// Two routines and the operands of the row kernel fit the 4 KB of a kernel's parameters.
+constexpr int kMaxSteps = 144;
 
 // One instruction in 8 bytes.
 struct alignas(8) Step {
