@@ -41,7 +41,6 @@ from .linear_operands import (
     DTYPES,
     INT32_MAX,
     aligned,
-    capability,
     precision,
     readable,
     strides,
@@ -86,7 +85,7 @@ def _linear(program: Program) -> _Linear:
 
 def rows_of_sums(M: int, N: int, K: int, dtype: torch.dtype) -> int:
     """How many partial column sums `run` stores for factors of `dtype`: one per tile of rows."""
-    return tiles.ceil_div(M, tiles.linear(M, N, K, dtype.itemsize, (8, 0)).rows)
+    return tiles.ceil_div(M, tiles.linear(M, N, K, dtype.itemsize).rows)
 
 
 def _check(a, weights, biases, program, extras, outputs, sums, summed) -> tuple[int, int, int]:
@@ -168,11 +167,8 @@ def plan(
     outputs: list[torch.Tensor],
     sums: torch.Tensor | None = None,
     summed: tuple[int, ...] = (),
-    target: tuple[int, int] | None = None,
 ) -> Launch | None:
-    """The launch that `run` would make, for a device of compute capability `target`.
-
-    Returns None where there is nothing to compute.
+    """The launch that `run` would make; None where there is nothing to compute.
 
     Raises:
         ValueError: operands of the wrong number, shape or type.
@@ -197,10 +193,9 @@ def plan(
     VW = math.gcd(VW, readable_columns) if wide else VW
     V = _vector(matrices, N)
 
-    target = target or capability(a.device)
     width = min(VA, VW) * a.element_size()
     held = len(weights) + len(live) + sum(r >= len(program.inputs) for r in program.outputs)
-    tile = tiles.linear(M, N, K, a.element_size(), target, held, width)
+    tile = tiles.linear(M, N, K, a.element_size(), held, width)
     along = [VA] + [VW for x in rights if x.letter == "k"]
     bias_letters = [
         "-" if b is None else "m" if b.stride(0) == 1 or N == 1 else "g" for b in biases
@@ -217,6 +212,7 @@ def plan(
         tail="none" if K % tile.depth == 0 else "loop" if K % max(along) == 0 else "after",
         even=N % tile.columns == 0,
         shifted=frozenset(n for n, x in zip(names, operands, strict=True) if x.shift),
+        halvings=tile.halvings,
         aliased=bool({x.data_ptr() for x in live} & {x.data_ptr() for x in outputs}),
     )
 

@@ -10,11 +10,6 @@ INT32_MAX = 2**31 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of `device`; of the smallest served one where kernels are interpreted."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
-
 def precision(dtype: torch.dtype) -> str:
     """How products of `dtype` are computed: fp32 exactly, unless torch is told to take tf32."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -31,6 +31,7 @@ class Form:
         even: the tiles cover N exactly.
         shifted: operands whose address is given as an aligned one and a distance from it.
         aliased: an output lies where an extra does.
+        halvings: the epilogue takes the tile in 2^halvings parts, one after the other.
     """
 
     a: str
@@ -43,6 +44,7 @@ class Form:
     even: bool
     shifted: frozenset[str]
     aliased: bool
+    halvings: int
 
 
 _KERNEL = '''\
@@ -80,9 +82,7 @@ def {name}(
 {start}
 {product}
     i = i[:, None].to(INDEX)
-    j = j[None, :].to(INDEX)
-    live_j = j < N - column
-    live = (i < rows - row) & live_j
+    live_i = i < rows - row
 {epilogue}
 '''
 
@@ -182,29 +182,60 @@ def _matrix(name: str, letter: str, form: Form) -> tuple[str, str]:
     return move, f"{name} + (i * {row.format('INDEX')} + j{column.format('INDEX')})"
 
 
+def _halved(names: list[str], times: int) -> tuple[list[str], list[list[str]]]:
+    """Lines that cut each [ROWS, n] tile into 2^times tiles, and the tiles' names, part by part."""
+    lines, parts = [], [names]
+    for at in range(1, times + 1):
+        shape = f"(ROWS, 2, COLUMNS // {2**at})"
+        halves = []
+        for part in parts:
+            low, high = ([f"{name}_{side}" for name in part] for side in "ab")
+            halves += [low, high]
+            lines += [
+                f"{a}, {b} = tl.split(tl.permute(tl.reshape({name}, {shape}), (0, 2, 1)))"
+                for name, a, b in zip(part, low, high, strict=True)
+            ]
+        parts = halves
+    return lines, parts
+
+
 def _epilogue(program: Program, form: Form) -> list[str]:
     products = len(form.weights)
     live = codegen.live_inputs(program)
     extras = [f"e{i}" for i in live if i >= products]
-    lines = []
-    for name, letter in zip(extras, form.extras, strict=True):
-        move, pointer = _matrix(name, letter, form)
-        lines += [move, f"{name}_tile = tl.load({pointer}, mask=live, other=0.0).to(tl.float32)"]
-    if form.aliased:
-        # Another thread may write the element that this one reads.
-        lines.append("tl.debug_barrier()")
-    values = [f"acc{i}" if i < products else f"e{i}_tile" for i in live]
-    results = ", ".join(f"y{i}" for i in range(len(program.outputs)))
-    lines.append(f"{results} = program({', '.join(values)})")
-    for i, letter in enumerate(form.outputs):
-        move, pointer = _matrix(f"o{i}", letter, form)
-        lines += [move, f"tl.store({pointer}, y{i}.to(o{i}.dtype.element_ty), mask=live)"]
-    for position, output in enumerate(form.summed):
+    outputs = [f"o{i}" for i in range(len(program.outputs))]
+    letters = zip([*extras, *outputs], form.extras + form.outputs, strict=True)
+    matrices = {name: _matrix(name, letter, form) for name, letter in letters}
+    lines = [move for move, _ in matrices.values()]
+    halvings, parts = _halved([f"acc{n}" for n in range(products)], form.halvings)
+    lines += halvings
+    for part, accumulators in enumerate(parts):
         lines += [
-            f"total{position} = tl.sum(tl.where(live, y{output}, 0.0), axis=0)[None, :]",
-            f"place = (row_tile.to(tl.int64) * {len(form.summed)} + {position}) * N + column",
-            f"tl.store(sums + place + j, total{position}, mask=live_j)",
+            f"j = tl.arange(0, COLUMNS // {len(parts)})[None, :].to(INDEX)"
+            + (f" + {part} * (COLUMNS // {len(parts)})" if part else ""),
+            "live_j = j < N - column",
+            "live = live_i & live_j",
         ]
+        lines += [
+            f"{name}_tile = tl.load({matrices[name][1]}, mask=live, other=0.0).to(tl.float32)"
+            for name in extras
+        ]
+        if form.aliased:
+            # Another thread may write the element that this one reads.
+            lines.append("tl.debug_barrier()")
+        values = [accumulators[i] if i < products else f"e{i}_tile" for i in live]
+        results = ", ".join(f"y{i}" for i in range(len(outputs)))
+        lines.append(f"{results} = program({', '.join(values)})")
+        lines += [
+            f"tl.store({matrices[name][1]}, y{i}.to({name}.dtype.element_ty), mask=live)"
+            for i, name in enumerate(outputs)
+        ]
+        for position, output in enumerate(form.summed):
+            lines += [
+                f"total{position} = tl.sum(tl.where(live, y{output}, 0.0), axis=0)[None, :]",
+                f"place = (row_tile.to(tl.int64) * {len(form.summed)} + {position}) * N + column",
+                f"tl.store(sums + place + j, total{position}, mask=live_j)",
+            ]
     return lines
 
 

@@ -59,7 +59,7 @@ class ProductTile:
     """One block computes `rows` x `columns` of a matrix product with `warps` warps.
 
     `depth` terms of the sums are added at a time; `stages` such pieces of both factors are in
-    flight in shared memory.
+    flight in shared memory. An epilogue takes the tile in 2^halvings parts, one after the other.
     """
 
     rows: int
@@ -67,6 +67,7 @@ class ProductTile:
     depth: int
     warps: int
     stages: int
+    halvings: int = 0
 
 
 _FILLED = 128  # blocks from which on a device counts as filled (an H100 has 132 multiprocessors)
@@ -74,23 +75,18 @@ _FILLED = 128  # blocks from which on a device counts as filled (an H100 has 132
 
 @cache
 def linear(
-    M: int,
-    N: int,
-    K: int,
-    item: int,
-    capability: tuple[int, int],
-    matrices: int = 2,
-    width: int = VECTOR_BYTES,
+    M: int, N: int, K: int, item: int, matrices: int = 2, width: int = VECTOR_BYTES
 ) -> ProductTile:
-    """Tile of a product [M, K] x [K, N] of items of `item` bytes, on a compute capability.
+    """Tile of a product [M, K] x [K, N] of items of `item` bytes, on any GPU.
 
     16-bit: 128 x 64, which computes 576 columns for N = 540 where 128 wide computes 640; wider
     tiles spill. 32-bit: 64 x 64, since arithmetic without tensor cores keeps operands in registers.
-    Tiles are halved as long as they leave multiprocessors idle. They are spread over eight warps on
-    sm_80, whose tensor cores take operands from registers, and where the epilogue holds many
-    `matrices` (products, extras and results); beyond five these make them half as wide. Factors of
-    which less than 4 bytes can be loaded at a time (`width`) come by way of registers, and so are
-    fetched in smaller pieces.
+    Tiles are halved as long as they leave multiprocessors idle.
+
+    The epilogue takes 16 elements of each matrix at a time per thread, 8 where it holds more than
+    five `matrices` (products, extras and results): the whole tile at once spilled. Factors of which
+    less than 4 bytes can be loaded at a time (`width`, in bytes) come by way of registers, and so
+    are fetched in smaller pieces.
 
     The rows depend on M, N and `item` only: callers allocate partial sums by them.
     """
@@ -100,10 +96,10 @@ def linear(
         rows //= 2
     if columns == 64 and ceil_div(M, rows) * ceil_div(N, columns) < _FILLED:
         columns = 32
-    if matrices > 5:
-        columns = min(32, columns)
-    crowded = capability < (9, 0) or matrices > 3 or width < 4
-    return ProductTile(rows, columns, _depth(K, item, width), 8 if crowded and rows > 64 else 4, 3)
+    warps = 8 if rows == 128 else 4
+    parts = rows * columns // (warps * WARP * (8 if matrices > 5 else 16))
+    halvings = parts.bit_length() - 1 if parts else 0
+    return ProductTile(rows, columns, _depth(K, item, width), warps, 3, halvings)
 
 
 def weight_gradient(N: int, K: int, item: int, width: int = VECTOR_BYTES) -> ProductTile:
@@ -134,29 +130,52 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class RowTile:
-    """One step of a row kernel: `rows` rows of `chunks` x `width` columns by `warps` warps."""
+    """One step of a row kernel: `rows` rows of `chunks` x `width` columns by `warps` warps.
 
+    A thread loads `vector` columns at a time.
+    """
+
+    vector: int
     chunks: int
     rows: int
     width: int
     warps: int
 
 
-def residual_norm(columns: int, vector: int, elements: int) -> RowTile:
-    """Tile of the row kernel; `vector`: columns of one load, `elements`: most in a thread.
+def residual_norm(columns: int, widest: int, narrowest: int, elements: int) -> RowTile:
+    """Tile of the row kernel.
 
     A row belongs to one warp while a thread then holds at most `elements` of it, else to the fewest
     warps that do: within a warp, sums over a row are shuffles without a barrier. Of short rows a
-    warp takes several.
+    warp takes several. Loads are as wide as possible, unless half as wide ones of at least 4 bytes
+    compute much fewer columns beyond the last: 384 are one and a half times what a warp loads in
+    16 bytes each, and three times what it loads in 8.
+
+    Args:
+        widest: the most columns of one load.
+        narrowest: bytes of the smallest item.
     """
-    lanes = min(WARP, next_power_of_2(ceil_div(columns, vector)))
-    per_row = 1
-    while per_row < 16 and ceil_div(columns, WARP * per_row * vector) * vector > elements:
-        per_row *= 2
-    width = lanes * per_row * vector
-    warps = max(_WARPS, per_row)
-    chunks = next_power_of_2(ceil_div(columns, width))
-    return RowTile(chunks, warps // per_row * (WARP // lanes), width, warps)
+
+    def tile(vector: int) -> RowTile:
+        lanes = min(WARP, next_power_of_2(ceil_div(columns, vector)))
+        per_row = 1
+        while per_row < 16 and ceil_div(columns, WARP * per_row * vector) * vector > elements:
+            per_row *= 2
+        width = lanes * per_row * vector
+        warps = max(_WARPS, per_row)
+        chunks = next_power_of_2(ceil_div(columns, width))
+        return RowTile(vector, chunks, warps // per_row * (WARP // lanes), width, warps)
+
+    def computed(tile: RowTile) -> int:
+        return ceil_div(columns, tile.width) * tile.width
+
+    best = tile(widest)
+    while best.vector > 1 and best.vector // 2 * narrowest >= 4:
+        narrower = tile(best.vector // 2)
+        if computed(narrower) * 8 > computed(best) * 7:
+            break
+        best = narrower
+    return best
 
 
 def residual_norm_chunks(rows: int, processors: int) -> int:
