@@ -47,10 +47,9 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     elementwise_kernel(const __grid_constant__ ElementwiseArguments arguments) {
   const Elementwise& call = arguments.call;
-  const Routine& routine = copy_routine(shared_memory, arguments.routine);
-  const Registers<T> registers{
-      reinterpret_cast<Pack<T>*>(shared_memory + kRoutineWords) + threadIdx.x,
-      static_cast<int>(blockDim.x)};
+  const Routine& routine = copy_routine(0, arguments.routine);
+  const Registers<T> registers{kRoutineWords + static_cast<int>(threadIdx.x),
+                               static_cast<int>(blockDim.x)};
   const int inner = call.dims - 1;
   for (int64_t group = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; group < arguments.groups;
        group += gridDim.x * int64_t{blockDim.x}) {
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     const int64_t rest = call.size[inner] - column;
     const int n = rest < kLanes ? static_cast<int>(rest) : kLanes;
     load_all(registers, routine.inputs, routine.read, n, place);
-    run(routine.steps, routine.length, registers);
+    run(0, registers);
 #pragma unroll 1
     for (int k = 0; k < routine.outputs; ++k) {
       T v[kLanes];

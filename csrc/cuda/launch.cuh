@@ -10,9 +10,6 @@
 
 namespace fastffn {
 
-// All shared memory of a block; each kernel divides it.
-extern __shared__ uint4 shared_memory[];
-
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));

@@ -104,6 +104,7 @@ __device__ __forceinline__ Raw<T> fetch(const char* data, DType dtype, int64_t o
                                         int64_t stride, int n) {
   Raw<T> raw;
   const char* from = data + offset * bytes_of(dtype);
+  __builtin_assume(__isGlobal(from));  // from parameters that are chosen at run time: not evident
   if (dtype == DType::kFloat32) {
     fetch_sized<4>(raw, from, stride, n);
   } else if (dtype != DType::kFloat64) {
@@ -137,6 +138,7 @@ __device__ __forceinline__ void store(const T (&v)[kLanes], char* data, DType dt
                                       int64_t stride, int n) {
   Raw<T> raw;
   char* to = data + offset * bytes_of(dtype);
+  __builtin_assume(__isGlobal(to));
   if (dtype == DType::kFloat32) {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) raw.word[j] = __float_as_uint(static_cast<float>(v[j]));

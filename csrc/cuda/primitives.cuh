@@ -12,6 +12,14 @@
 #include "math.cuh"
 #include "routine.h"
 
+namespace fastffn {
+
+// All shared memory of a block; each kernel divides it. Places in it are kept as indices, not as
+// pointers, which a function that is not inlined would have to take for those of any memory.
+extern __shared__ uint4 shared_memory[];
+
+}  // namespace fastffn
+
 namespace fastffn::device {
 
 constexpr int kLanes = 8;  // one call of philox (../random.h), 16 bytes of a 16-bit type
@@ -34,13 +42,13 @@ struct alignas(16) Pack {
 // The registers of one thread.
 template <class T>
 struct Registers {
-  Pack<T>* mine;
+  int mine;     // index of its first pack
   int threads;  // of the block
 
   static constexpr size_t kBytes = kLanes * sizeof(T);  // of one register of one thread
 
   __device__ __forceinline__ Pack<T>* at(int index) const {
-    return mine + index * kPacks<T> * threads;
+    return reinterpret_cast<Pack<T>*>(shared_memory) + mine + index * kPacks<T> * threads;
   }
   __device__ __forceinline__ void read(int index, T (&v)[kLanes]) const {
     const Pack<T>* from = at(index);
@@ -96,12 +104,18 @@ struct Gated {
 #undef FUSED
 };
 
-// Runs a routine's instructions. Not inlined: one copy of the formulas serves all uses.
+// A routine in shared memory, by the index of its first word.
+__device__ __forceinline__ const Routine& routine_at(int word) {
+  return *reinterpret_cast<const Routine*>(shared_memory + word);
+}
+
+// Runs the instructions of the routine at `word`.
 template <class T>
-__device__ __forceinline__ void run(const Step* steps, int length, Registers<T> registers) {
+__device__ __forceinline__ void run(int word, Registers<T> registers) {
+  const Routine& routine = routine_at(word);
   const int threads = registers.threads;
-  for (int i = 0; i < length; ++i) {
-    const Step step = steps[i];
+  for (int i = 0; i < routine.length; ++i) {
+    const Step step = routine.steps[i];
     Pack<T>* out = registers.at(step.target);
     const Pack<T>*s0 = registers.at(step.source[0]), *s1 = registers.at(step.source[1]),
           *s2 = registers.at(step.source[2]);
@@ -146,12 +160,12 @@ __device__ __forceinline__ void run(const Step* steps, int length, Registers<T> 
 
 // Copies a routine into shared memory, where the index of an instruction need not be known to the
 // compiler, and ends with a barrier.
-__device__ __forceinline__ const Routine& copy_routine(uint4* to, const Routine& from) {
+__device__ __forceinline__ const Routine& copy_routine(int word, const Routine& from) {
   const int bytes = static_cast<int>(offsetof(Routine, steps)) + from.length * sizeof(Step);
   const uint4* source = reinterpret_cast<const uint4*>(&from);
-  for (int i = threadIdx.x; i * 16 < bytes; i += blockDim.x) to[i] = source[i];
+  for (int i = threadIdx.x; i * 16 < bytes; i += blockDim.x) shared_memory[word + i] = source[i];
   __syncthreads();
-  return *reinterpret_cast<const Routine*>(to);
+  return routine_at(word);
 }
 constexpr int kRoutineWords = sizeof(Routine) / sizeof(uint4);
 

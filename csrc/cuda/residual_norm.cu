@@ -26,13 +26,12 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks<T> / 2)
     residual_norm_kernel(const __grid_constant__ ForwardArguments arguments) {
   const ResidualNormForward& call = arguments.call;
-  const Routine& routine = copy_routine(shared_memory, arguments.routine);
-  uint4* const scratch = shared_memory + kRoutineWords;
-  const Registers<T> registers{reinterpret_cast<Pack<T>*>(scratch + kScratchWords) + threadIdx.x,
+  const Routine& routine = copy_routine(0, arguments.routine);
+  const Registers<T> registers{kRoutineWords + kScratchWords + static_cast<int>(threadIdx.x),
                                static_cast<int>(blockDim.x)};
   const int other = routine.registers, kept = other + kOthers;
   const int lanes = arguments.lanes;
-  const Team<T> team{lanes, reinterpret_cast<T*>(scratch)};
+  const Team<T> team{lanes, reinterpret_cast<T*>(shared_memory + kRoutineWords)};
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int teams = static_cast<int>(blockDim.x) / lanes;
   const Mask<T> mask(call.dropout);
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<T> / 2)
                      return k < routine.inputs ? locate(call.inputs[k], row, column, k)
                                                : locate(call.residual, row, column, other);
                    });
-          run(routine.steps, routine.length, registers);
+          run(0, registers);
           registers.read(routine.results[0], s);
           mask.apply(s, row, column);
           T residual[kLanes];

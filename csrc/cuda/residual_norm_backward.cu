@@ -25,13 +25,15 @@ struct BackwardArguments {
   bool keep;
 };
 
+constexpr int kFirstPack = 2 * kRoutineWords + kScratchWords;  // of the registers
+
 // Registers: those of the programs, these operands, x of each group, the sums of each group.
 enum Other { kResidual, kDy, kWeight, kOthers };
 
 // One copy for both programs: with two, the kernel in double has too few machine registers.
 template <class T>
-__device__ __noinline__ void run_apart(const Step* steps, int length, Registers<T> registers) {
-  run(steps, length, registers);
+__device__ __noinline__ void run_apart(int word, Registers<T> registers) {
+  run(word, registers);
 }
 
 // Adds to the sums of one thread's columns.
@@ -62,12 +64,13 @@ struct Sums {
 
 // Adds up the warps' sums of a block and writes them.
 template <class T>
-__device__ __forceinline__ void add_teams(const Sums<T>& sums, const Pack<T>* memory, int groups) {
+__device__ __forceinline__ void add_teams(const Sums<T>& sums, int groups) {
   __syncthreads();
   const int threads = static_cast<int>(blockDim.x), packs = kWarp * kPacks<T>;
   for (int item = threadIdx.x; item < groups * sums.count * packs; item += threads) {
     const int index = item / packs, pack = item % packs / kWarp, lane = item % kWarp;
-    const Pack<T>* from = memory + ((sums.first + index) * kPacks<T> + pack) * threads + lane;
+    const Registers<T> theirs{kFirstPack + lane, threads};
+    const Pack<T>* from = theirs.at(sums.first + index) + pack * threads;
     Pack<T> total = from[0];
     for (int t = kWarp; t < threads; t += kWarp) {
       const Pack<T> part = from[t];
@@ -84,14 +87,13 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads, 1)
     residual_norm_backward_kernel(const __grid_constant__ BackwardArguments arguments) {
   const ResidualNormBackward& call = arguments.call;
-  const Routine& program = copy_routine(shared_memory, arguments.program);
-  const Routine& gradient = copy_routine(shared_memory + kRoutineWords, arguments.gradient);
-  uint4* const scratch = shared_memory + 2 * kRoutineWords;
-  Pack<T>* const memory = reinterpret_cast<Pack<T>*>(scratch + kScratchWords);
-  const Registers<T> registers{memory + threadIdx.x, static_cast<int>(blockDim.x)};
+  const Routine& program = copy_routine(0, arguments.program);
+  const Routine& gradient = copy_routine(kRoutineWords, arguments.gradient);
+  const Registers<T> registers{kFirstPack + static_cast<int>(threadIdx.x),
+                               static_cast<int>(blockDim.x)};
   const int lanes = arguments.lanes, groups = arguments.groups;
   const int other = max(program.registers, gradient.registers), kept = other + kOthers;
-  const Team<T> team{lanes, reinterpret_cast<T*>(scratch)};
+  const Team<T> team{lanes, reinterpret_cast<T*>(shared_memory + 2 * kRoutineWords)};
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int teams = static_cast<int>(blockDim.x) / lanes;
   const Mask<T> mask(call.dropout);
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                 return k < kOthers ? place(k)
                                    : locate(call.inputs[k - kOthers], row, column, k - kOthers);
               });
-          run_apart(program.steps, program.length, registers);
+          run_apart(0, registers);
           registers.read(program.results[0], x);
           mask.apply(x, row, column);
           T residual[kLanes];
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
         }
         mask.apply(de, row, column);
         registers.write(0, de);
-        run_apart(gradient.steps, gradient.length, registers);
+        run_apart(kRoutineWords, registers);
 #pragma unroll 1
         for (int k = 0; k <= gradient.outputs; ++k) {  // the last one is the residual's
           const bool last = k == gradient.outputs;
@@ -203,13 +205,13 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       }
     }
   }
-  if (in_registers) add_teams(sums, memory, groups);
+  if (in_registers) add_teams(sums, groups);
 }
 
 template <class T>
 void launch_backward(BackwardArguments& arguments, const Place& place) {
   const ResidualNormBackward& call = arguments.call;
-  const size_t fixed = (2 * kRoutineWords + kScratchWords) * sizeof(uint4);
+  const size_t fixed = kFirstPack * sizeof(uint4);
   const int programs = arguments.program.registers > arguments.gradient.registers
                            ? arguments.program.registers
                            : arguments.gradient.registers;

@@ -40,10 +40,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     summed_kernel(const __grid_constant__ SummedArguments arguments) {
   const SummedElementwise& call = arguments.call;
   const Routine& routine =
-      copy_routine(shared_memory, arguments.source ? *arguments.source : arguments.routine);
+      copy_routine(0, arguments.source ? *arguments.source : arguments.routine);
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  Pack<T>* const memory = reinterpret_cast<Pack<T>*>(shared_memory + kRoutineWords);
-  const Registers<T> registers{memory + thread, threads};
+  const Registers<T> registers{kRoutineWords + thread, threads};
   const int sums = arguments.registers;  // the register of the first sum
   const T zeros[kLanes] = {};
   for (int s = 0; s < call.summed_count; ++s) registers.write(sums + s, zeros);
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     if (live > 0) {
       load_all(registers, routine.inputs, routine.read, live,
                [&](int k) { return locate(call.operands[k], row, column, k); });
-      run(routine.steps, routine.length, registers);
+      run(0, registers);
     }
 #pragma unroll 1
     for (int k = 0; k < routine.outputs; ++k) {
@@ -89,7 +88,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   const int packs = lanes * kPacks<T>;
   for (int item = thread; item < call.summed_count * packs; item += threads) {
     const int s = item / packs, pack = item % packs / lanes, lane = item % lanes;
-    const Pack<T>* from = memory + ((sums + s) * kPacks<T> + pack) * threads + lane;
+    const Registers<T> theirs{kRoutineWords + lane, threads};
+    const Pack<T>* from = theirs.at(sums + s) + pack * threads;
     Pack<T> total = from[0];
     for (int t = 1; t < teams; ++t) {
       const Pack<T> part = from[t * lanes];

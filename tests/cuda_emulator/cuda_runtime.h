@@ -86,6 +86,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
+#define __builtin_assume(condition)
 inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline double __hiloint2double(int high, int low) {
