@@ -3,6 +3,7 @@ interpreter's process and on a GPU. Every function raises AssertionError where a
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from oracle import assert_accurate
@@ -10,7 +11,7 @@ from segment_checks import truth
 from torch import Tensor
 
 from fastffn.expr import Expr, Program, backward_program, forward_program
-from fastffn.kernels import linear
+from fastffn.kernels import linear, tiles
 
 SENTINEL = 768.0  # exact in every type
 
@@ -76,6 +77,7 @@ def agrees(
     summed: tuple[int, ...] = (),
     keep: bool = False,
     alias: bool = False,
+    full_tiles: bool = False,
 ):
     """Outputs and sums of products with the Program of the expression `text` keep the oracle rule.
 
@@ -86,7 +88,17 @@ def agrees(
             contiguous. `bias` None: there is none.
         keep: the products are outputs as well.
         alias: the first output overwrites the first extra.
+        full_tiles: of the size that many rows get.
     """
+    if full_tiles:
+        with mock.patch.object(tiles, "_FILLED", 1):
+            tiles.linear.cache_clear()
+            agrees(
+                device, text, shape, dtype, products, backward, a, weight, extra, out, out_dtype,
+                bias, summed, keep, alias,
+            )  # fmt: skip
+        tiles.linear.cache_clear()
+        return
     M, N, K = shape
     generator = torch.Generator().manual_seed(0)
     expr = Expr.parse(text)
@@ -106,8 +118,8 @@ def agrees(
     outputs = [
         matrix(device, (M, N), layout, out_dtype or dtype, around=SENTINEL) for layout in layouts
     ]
-    tiles = linear.rows_of_sums(M, N, K, dtype)
-    sums = torch.full((tiles, len(summed), N), torch.nan, device=device) if summed else None
+    row_tiles = linear.rows_of_sums(M, N, K, dtype)
+    sums = torch.full((row_tiles, len(summed), N), torch.nan, device=device) if summed else None
 
     def wanted(compute: torch.dtype) -> list[Tensor]:
         values = []

@@ -65,6 +65,18 @@ def test_rows(check):
     check(checks.agrees, WITH_EXTRA, (300, 70, 20), summed=(0,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16_ON_GPU])
+def test_full_tiles(check, dtype):
+    """As large as those of many rows; the epilogue takes them in two parts, in four with more
+    operands."""
+    shape = (200, 70, 20)
+    check(checks.agrees, WITH_EXTRA, shape, dtype, summed=(0,), full_tiles=True)
+    check(
+        checks.agrees, "max(mul(gelu(z), h), x)", shape, dtype,
+        backward=True, bias=None, summed=(0, 2), alias=True, full_tiles=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("weight", FACTORS)
 @pytest.mark.parametrize("a", ["pitched", "transposed", "stepped", "second half"])
