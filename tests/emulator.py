@@ -37,10 +37,11 @@ def native() -> ModuleType:
 def _sources() -> tuple[list[Path], list[Path]]:
     """Files to compile, and all that they include."""
     csrc = ROOT / "csrc"
-    sources = [csrc / f"{name}.cpp" for name in ("bindings", "cuda_bindings", "elementwise")]
-    sources += [csrc / "program.cpp", *sorted(csrc.glob("cuda/*.cu")), *sorted(_HERE.glob("*.cpp"))]
-    headers = [*csrc.glob("*.h"), *csrc.glob("*.def"), *csrc.glob("cuda/*.*"), *_HERE.glob("*.h")]
-    return sources, sorted({*sources, *headers})
+    sources = [csrc / "elementwise.cpp", csrc / "program.cpp"]
+    sources += [*sorted(csrc.glob("cuda/*.cu")), *sorted(_HERE.glob("*.cpp"))]
+    included = [csrc / "bindings.cpp", csrc / "cuda_bindings.cpp", *csrc.glob("*.def")]
+    included += [*csrc.glob("*.h"), *csrc.glob("cuda/*.*h"), *_HERE.glob("*.h")]
+    return sources, [*sources, *sorted(included)]
 
 
 @functools.cache

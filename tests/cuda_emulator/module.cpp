@@ -1,8 +1,10 @@
-// The functions of csrc/cuda_bindings.cpp, on the memory of the CPU.
+// The functions of csrc/cuda_bindings.cpp, on the memory of the CPU. One source with those that
+// include pybind11, which is most of what the compiler has to read.
 
 #include <pybind11/pybind11.h>
 
-#include "cuda/bindings.h"
+#include "bindings.cpp"
+#include "cuda_bindings.cpp"
 #include "emulator.h"
 #include "program.h"
 
