@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from ..expr import Program
+from ..expr import Instruction, Program
 from ..expr.primitives import opcode
 from ..files import write_text_atomic
 
@@ -35,18 +35,23 @@ _CONSTANT = re.compile(r"\bC\(([^()]*)\)")
 _OPERAND = re.compile(r"\b[gabty]\b")
 
 
+def read_sources(instruction: Instruction) -> set[int]:
+    """The registers that an instruction reads; an unread source repeats another."""
+    op = opcode(instruction.op)
+    reads = op.primitive.reads(op.slot)
+    return {
+        source
+        for letter, source in zip(op.operands, instruction.sources, strict=False)
+        if letter in reads
+    }
+
+
 def live_inputs(program: Program) -> tuple[int, ...]:
     """Positions of the inputs that some output depends on; the others need not be loaded."""
     needed = set(program.outputs)
     for instruction in reversed(program.instructions):
         if instruction.target in needed:
-            op = opcode(instruction.op)
-            reads = op.primitive.reads(op.slot)
-            needed |= {
-                source
-                for letter, source in zip(op.operands, instruction.sources, strict=False)
-                if letter in reads
-            }
+            needed |= read_sources(instruction)
     return tuple(i for i in range(len(program.inputs)) if i in needed)
 
 

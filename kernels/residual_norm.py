@@ -36,10 +36,10 @@ from . import codegen, residual_norm_source, tiles
 from .segment import _INT32_MAX, Launch, _kind, _strides
 
 _REMEMBERED = 4096
-# Most elements of a row in one thread, of four bytes: the forward holds one value of each, the
-# backward its sums over rows as well.
-_FORWARD_ELEMENTS = 32
-_BACKWARD_ELEMENTS = 20
+# Registers for what a thread holds of a row from one sum over it to the next; of 255, since the
+# rest of the arithmetic needs its own.
+_REGISTERS = 160
+_FORWARD_VALUES = 5  # of an element, with the temporary ones of the program
 _PROCESSORS = 2  # stands for the multiprocessors of a device that is no GPU
 
 
@@ -124,16 +124,19 @@ class _Operands:
         double = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         return "tl.float64" if double else "tl.float32"
 
-    def vector(self) -> int:
-        """V: what divides all strides, and is at most 16 bytes of what is written."""
-        widest = max(self.tensors[name].element_size() for name in self.written)
-        narrowest = min(tensor.element_size() for tensor in self.tensors.values())
-        divisors = [self.strides[name][0] for name, kind in self.letters.items() if kind == "m"]
-        most = tiles.VECTOR_BYTES // max(widest, narrowest)
-        return math.gcd(self.columns, *divisors, most)
+    def tile(self, values: int) -> tiles.RowTile:
+        """For so many values of an element in registers at a time.
 
-    def launch(self, kernel, grid, share, tile, vector, threshold: int, seed) -> Launch:
-        arguments = []
+        V divides all strides and is at most 16 bytes of what is written.
+        """
+        widest = max(self.tensors[name].element_size() for name in self.written)
+        divisors = [self.strides[name][0] for name, kind in self.letters.items() if kind == "m"]
+        most = math.gcd(self.columns, *divisors, tiles.VECTOR_BYTES // widest)
+        words = 3 if self.compute == "tl.float64" else 1
+        return tiles.residual_norm(self.columns, most, _REGISTERS // (values * words))
+
+    def launch(self, kernel, grid: int, share: int, tile, threshold: int, seed) -> Launch:
+        arguments, vector = [], tile.vector
         for name, letter in self.letters.items():
             row, column = self.strides[name]
             arguments += {"m": [row // vector], "c": [row], "g": [row, column]}.get(letter, [])
@@ -206,10 +209,7 @@ def plan_forward(
     operands.matrix("y", y)
     for name, tensor in vectors.items():
         operands.add(name, tensor, "v")
-    compute, vector = operands.compute, operands.vector()
-    elements = _FORWARD_ELEMENTS // (2 if compute == "tl.float64" else 1)
-    tile = tiles.residual_norm(columns, vector, elements)
-    dropout = threshold > 0
+    compute, tile, dropout = operands.compute, operands.tile(_FORWARD_VALUES), threshold > 0
     kernel = _kernel(
         program,
         None,
@@ -219,7 +219,7 @@ def plan_forward(
         (tuple(operands.letters.items()), same, compute, dropout, eps),
     )
     grid = tiles.ceil_div(rows, tile.rows)
-    return operands.launch(kernel, grid, tile.rows, tile, vector, threshold, seed)
+    return operands.launch(kernel, grid, tile.rows, tile, threshold, seed)
 
 
 def plan_backward(
@@ -278,10 +278,10 @@ def plan_backward(
     if dresidual is not None:
         operands.matrix("dresidual", dresidual)
     operands.add("sums", sums, "s")
-    compute, vector = operands.compute, operands.vector()
-    elements = _BACKWARD_ELEMENTS // (2 if compute == "tl.float64" else 1)
-    tile = tiles.residual_norm(columns, vector, elements)
-    dropout, summed = threshold > 0, tuple(summed)
+    summed = tuple(summed)
+    # The sums, weight, the normalised row, its gradient, and what the gradient program reads.
+    values = 2 + len(summed) + 3 + residual_norm_source.carried(gradient)
+    compute, tile, dropout = operands.compute, operands.tile(values), threshold > 0
     kernel = _kernel(
         program,
         gradient,
@@ -291,7 +291,7 @@ def plan_backward(
         (tuple(operands.letters.items()), same, compute, dropout, added_to, summed),
     )
     share = tiles.ceil_div(tiles.ceil_div(rows, len(sums)), tile.rows) * tile.rows
-    return operands.launch(kernel, len(sums), share, tile, vector, threshold, seed)
+    return operands.launch(kernel, len(sums), share, tile, threshold, seed)
 
 
 def _run(launch: Launch | None, device: torch.device) -> None:

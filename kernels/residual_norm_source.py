@@ -64,6 +64,20 @@ def kernel_name(program: Program, direction: str) -> str:
     return f"residual_norm_{direction}_{codegen.describe(program)}"
 
 
+def carried(gradient: Program) -> int:
+    """How many values of the forward the gradient needs: they live across the sums over a row.
+
+    That is, what instructions that depend on the gradient of e read, and that does not.
+    """
+    dependent, needed = {0}, set()
+    for instruction in gradient.instructions:
+        reads = codegen.read_sources(instruction)
+        if reads & dependent:
+            dependent.add(instruction.target)
+            needed |= reads - dependent
+    return len(needed)
+
+
 def _pointer(name: str, letter: str) -> str:
     _, move, offsets, _ = _LETTERS[letter]
     return " + ".join([name, *(part.format(name) for part in (move, offsets) if part)])
@@ -220,9 +234,9 @@ def backward_text(
         "dweight += dy_ * x",
         "dbias += dy_",
         f"g = dy_{' * weight_' if 'weight' in letters else ''}",
-        f"average = {_sum('g')} * (1 / COLUMNS)",
-        f"slope = {_sum('g * x')} * (1 / COLUMNS)",
-        "ds = (g - average - x * slope) * rstd_",
+        "both = tl.join(tl.sum(g, 0), tl.sum(g * x, 0))  # one trip through shared memory, if any",
+        "average, slope = tl.split(tl.sum(both, 1) * (1 / COLUMNS))",
+        "ds = (g - average[None, :, None] - x * slope[None, :, None]) * rstd_",
         "de = tl.where(keep, ds * (65536 / (65536 - THRESHOLD)), 0.0)" if dropout else "de = ds",
         f"{', '.join(outputs)} = gradient({', '.join(parameters)})",
     ]

@@ -142,18 +142,14 @@ class RowTile:
     warps: int
 
 
-def residual_norm(columns: int, widest: int, narrowest: int, elements: int) -> RowTile:
+def residual_norm(columns: int, widest: int, elements: int) -> RowTile:
     """Tile of the row kernel.
 
     A row belongs to one warp while a thread then holds at most `elements` of it, else to the fewest
     warps that do: within a warp, sums over a row are shuffles without a barrier. Of short rows a
-    warp takes several. Loads are as wide as possible, unless half as wide ones of at least 4 bytes
-    compute much fewer columns beyond the last: 384 are one and a half times what a warp loads in
-    16 bytes each, and three times what it loads in 8.
-
-    Args:
-        widest: the most columns of one load.
-        narrowest: bytes of the smallest item.
+    warp takes several. Loads are as wide as possible (`widest`, in columns), unless narrower ones of
+    at least two columns compute much fewer columns beyond the last: 384 columns in bf16 are one and
+    a half times what a warp loads in 16 bytes each, and three times what it loads in 8.
     """
 
     def tile(vector: int) -> RowTile:
@@ -170,11 +166,12 @@ def residual_norm(columns: int, widest: int, narrowest: int, elements: int) -> R
         return ceil_div(columns, tile.width) * tile.width
 
     best = tile(widest)
-    while best.vector > 1 and best.vector // 2 * narrowest >= 4:
-        narrower = tile(best.vector // 2)
-        if computed(narrower) * 8 > computed(best) * 7:
-            break
-        best = narrower
+    vector = widest // 2
+    while vector >= 2:
+        narrower = tile(vector)
+        if computed(narrower) * 8 <= computed(best) * 7:
+            best = narrower
+        vector //= 2
     return best
 
 

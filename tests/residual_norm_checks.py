@@ -293,6 +293,23 @@ def parts_do_not_matter(device: str):
         torch.testing.assert_close(sums, found[0][2], rtol=1e-5, atol=1e-5)
 
 
+def constant_gradient(device: str):
+    """y sums to 0 in each row, so its sum has no gradient but that of the bias, the rows' number."""
+    expr = Expr.parse("a")
+    generator = torch.Generator().manual_seed(0)
+    a, r = (torch.randn(21, 45, generator=generator).to(device) for _ in range(2))
+    mean, rstd = (a + r).mean(1), ((a + r).var(1, correction=0) + EPS).rsqrt()
+    dy = torch.ones(1, 1, device=device).expand(21, 45)
+    da, dr = torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)
+    sums = torch.full((2, 2, 45), torch.nan, device=device)
+    program, gradient = forward_program(expr), backward_program(expr)
+    residual_norm.backward(
+        program, gradient, [a], r, None, mean, rstd, 0, None, dy, [da], dr, -1, sums, ()
+    )
+    assert max(da.abs().max(), dr.abs().max()) < 1e-5
+    assert (sums.sum(0)[1] == 21).all()
+
+
 def nothing_to_compute(device: str):
     """No rows: the sums are zero. No columns: nothing is launched."""
     expr = Expr.parse("relu(a)")
