@@ -5,8 +5,9 @@ columns: up.weight[:I], down.weight[:, :I] (the weight sharing of EfficientBERT'
 2109.07222, and of once-for-all networks, arXiv 1908.09791). Slices are views, so changing the
 gene costs nothing and every gene trains the same memory.
 
-In the backward of a narrow gene the unused slice of a weight gets zero gradients and an unused
-unit gets none at all (`grad` stays None). An optimiser with weight decay or momentum still moves
+A narrow gene's gradient is added to the leading slice of the weight's `grad` without filling up
+zeros (ops/slices.py), once a full one is there; the unused slice has zeros, and an unused unit
+no gradient at all (`grad` stays None). An optimiser with weight decay or momentum still moves
 the former: use weight_decay=0 on elastic weights if that matters.
 
 Why leading slices and not masks: a mask costs the full products. Why not copies per gene: they
@@ -18,12 +19,14 @@ its identity, so pass the same object again, and its limit on recompilations
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..expr import Gene
+from ..ops.elementwise import constant_result
 from .ffn import FFN, FFNUnit, UnitPlan, as_gene, check_arguments, check_input, check_positive
 
 
@@ -68,15 +71,10 @@ def _cached_plan(gene: Gene | str, size: SupernetSize) -> tuple[int, UnitPlan]:
     return gene.stack, UnitPlan.of(gene, size.hidden_size)
 
 
+@constant_result  # parsing and a gene's cached properties cannot be traced
 def _planned(gene: Gene | str, size: SupernetSize) -> tuple[int, UnitPlan]:
     """The stack and the plan of a gene; a UserError when it does not fit the size."""
     return _cached_plan(gene if isinstance(gene, str) else as_gene(gene), size)
-
-
-# torch.compile then calls it while tracing: parsing and a gene's cached properties cannot be
-# traced. This is all that torch.compiler.assume_constant_result does, without importing the
-# whole compiler.
-_planned._dynamo_marked_constant = True
 
 
 class ElasticFFN(nn.Module):
@@ -143,6 +141,33 @@ class ElasticFFN(nn.Module):
         for unit in self.units[:stack]:
             x = unit(x, plan, self.dropout, self.recompute)
         return x
+
+    def forward_many(self, x: Tensor, genes: Sequence[Gene | str]) -> list[Tensor]:
+        """x [..., H] -> one output [..., H] per gene, as `forward` gives them one by one.
+
+        Genes with the same prologue (most have none) share the first unit's first product, forward
+        and backward: it is computed once at the largest width. In training each gene has a dropout
+        mask of its own.
+        """
+        check_input(x, self.hidden_size)
+        planned = [_planned(gene, self.size) for gene in genes]
+        groups: dict[tuple, list[int]] = {}
+        for k, (_, plan) in enumerate(planned):
+            groups.setdefault((plan.prologue.text, plan.gated), []).append(k)
+        outputs: list[Tensor | None] = [None] * len(planned)
+        first = self.units[0]
+        for (_, gated), members in groups.items():
+            plans = [planned[k][1] for k in members]
+            if first.is_fused(gated):
+                results = first.fused(x, plans, self.dropout, self.recompute)
+            else:
+                results = [first(x, plan, self.dropout, self.recompute) for plan in plans]
+            for k, y in zip(members, results, strict=True):
+                stack, plan = planned[k]
+                for unit in self.units[1:stack]:
+                    y = unit(y, plan, self.dropout, self.recompute)
+                outputs[k] = y
+        return outputs
 
     def extract(self, gene: Gene | str) -> FFN:
         """A stand-alone `FFN` with copies of the slices that `gene` uses; same outputs."""

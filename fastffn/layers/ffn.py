@@ -9,13 +9,14 @@ One unit, for h of shape [..., H] and I intermediate columns:
     y  = LayerNorm(h + Dropout(epilogue(z2, h)))
 
 Every unit of a stack has its own weights and the same gene (EfficientBERT, arXiv 2109.07222).
-The elementwise parts run as one Program each; a part that only hands its input on is skipped.
-
-At full width a unit calls its modules `up`, `gate` and `down`, so that forward hooks, adapters
-(LoRA) and quantised replacements of them take effect. At less than full width, which only the
-elastic block has, it multiplies by leading slices of their weights, and those do not.
+A unit is one op (`fastffn.ops.ffn`) as long as its modules are plain: nn.Linear and nn.LayerNorm
+without hooks. With forward hooks, adapters (LoRA), parametrisations or quantised replacements on
+them it calls the modules one by one, so that those take effect, and only the elementwise parts are
+fused. (They do not at less than full width, which only the elastic block has: there a unit
+multiplies by leading slices of the weights. Hooks of all modules see the unit alone.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..expr import Expr, Gene
 from ..functional import elementwise
+from ..ops import ffn as op
 
-RECOMPUTE = ("none", "activation", "all")
+RECOMPUTE = op.RECOMPUTE
 
 
 def as_gene(gene: Gene | str, base: int = 1) -> Gene:
@@ -94,6 +96,7 @@ class UnitPlan:
     cached properties of a gene.
     """
 
+    text: str  # the function of a unit, as the op takes it
     width: int
     gated: bool
     prologue: Segment
@@ -105,7 +108,20 @@ class UnitPlan:
         """Raises a UserError when the gene does not fit the hidden size."""
         parts = gene.segments
         segments = map(Segment.of, (parts.prologue, parts.middle, parts.epilogue))
-        return UnitPlan(gene.width(hidden_size), gene.gated, *segments)
+        return UnitPlan(str(gene.expr), gene.width(hidden_size), gene.gated, *segments)
+
+
+def is_plain(module: nn.Module | None, kind: type) -> bool:
+    """Whether calling the module does what its class does and nothing else."""
+    return module is None or (
+        type(module) is kind
+        and type(module.weight) is nn.Parameter
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
 
 
 class FFNUnit(nn.Module):
@@ -130,9 +146,47 @@ class FFNUnit(nn.Module):
 
         dropout is applied in training mode only; recompute as in `FFN`.
         """
+        if self.is_fused(plan.gated):
+            return self.fused(h, (plan,), dropout, recompute)[0]
         if recompute == "all" and torch.is_grad_enabled():
             return checkpoint(self.compute, h, plan, dropout, use_reentrant=False)
         return self.compute(h, plan, dropout, recompute)
+
+    def is_fused(self, gated: bool) -> bool:
+        """Whether the op may stand for the modules."""
+        return (
+            is_plain(self.up, nn.Linear)
+            and is_plain(self.down, nn.Linear)
+            and is_plain(self.norm, nn.LayerNorm)
+            and (not gated or is_plain(self.gate, nn.Linear))
+        )
+
+    def fused(
+        self, h: Tensor, plans: Sequence[UnitPlan], dropout: float, recompute: str
+    ) -> list[Tensor]:
+        """One output per plan; all have the same prologue, and all are gated or none is."""
+        up, down, norm = self.up, self.down, self.norm
+        if h.dtype != up.weight.dtype and not torch.is_autocast_enabled(h.device.type):
+            raise UserError(
+                f"x: {h.dtype} goes into weights of {up.weight.dtype}; "
+                "convert one of them or use torch.autocast"
+            )
+        gate = self.gate if plans[0].gated else None
+        operands = [
+            h,
+            up.weight,
+            up.bias,
+            None if gate is None else gate.weight,
+            None if gate is None else gate.bias,
+            down.weight,
+            down.bias,
+            norm.weight,
+            norm.bias,
+            None,
+        ]
+        texts, widths = tuple(p.text for p in plans), tuple(p.width for p in plans)
+        dropout = dropout if self.training else 0.0
+        return op.run(operands, (texts, widths, dropout, norm.eps, recompute))
 
     def compute(self, h: Tensor, plan: UnitPlan, dropout: float, recompute: str = "none") -> Tensor:
         x = run(plan.prologue, x=h)
@@ -173,8 +227,8 @@ class FFN(nn.Module):
         dropout: probability on f(h) before the residual, in training mode.
         layer_norm_eps: of each unit's LayerNorm.
         recompute: what backward computes again instead of keeping: "none"; "activation", the
-            middle segment (z1 is kept, the activation is not); "all", the whole unit (only its
-            input is kept). Gradients are the same for all three.
+            elementwise parts (the products are kept); "all", the whole unit (only its input is
+            kept). Gradients are the same for all three; `fastffn.ops.ffn` counts the bytes.
 
     Parameters: units.{k}.{up,gate,down,norm}.{weight,bias}, see `FFNUnit`.
 

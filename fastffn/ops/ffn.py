@@ -38,6 +38,7 @@ from . import residual_norm_reference as oracle
 from .elementwise import constant_result, is_plain, is_transformed
 from .ffn_interpreted import Call
 from .ffn_plan import plan
+from .slices import accumulated, padded
 
 _OPERANDS = (
     "Tensor x, Tensor up, Tensor? up_bias, Tensor? gate, Tensor? gate_bias, Tensor down, "
@@ -159,16 +160,11 @@ def _check(operands, genes: tuple[str, ...], widths, dropout: float, recompute: 
         raise UserError("ffn: seed is an int64 tensor of one element")
 
 
-def draw_seeds(like: Tensor, count: int) -> Tensor:
-    """Seeds of dropout masks, from torch's generator of the device."""
-    return torch.randint(2**63 - 1, (count,), device=like.device)
-
-
 def run(operands: Sequence[Tensor | None], settings: tuple) -> list[Tensor]:
     """The op on checked operands (in the order of the schema) and settings, the fast way if there
     is one: without the dispatcher, which is a good part of a small call."""
     if settings[2] > 0 and operands[-1] is None:
-        operands = [*operands[:-1], draw_seeds(operands[0], len(settings[0]))]
+        operands = [*operands[:-1], oracle.draw_seeds(operands[0], len(settings[0]))]
     if is_transformed():
         return _reference(operands, settings)
     if is_plain([x for x in operands if x is not None]):
@@ -226,6 +222,13 @@ def _forward(*arguments) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _backward(grads, kept, *arguments) -> list[Tensor | None]:
+    """The gradients, each of the size of its operand."""
+    gradients = _leading_gradients(grads, kept, *arguments)
+    return [padded(g, operand) for g, operand in zip(gradients, arguments, strict=False)]
+
+
+def _leading_gradients(grads, kept, *arguments) -> list[Tensor | None]:
+    """The gradients, those of weights of which leading slices were used of the slices' size."""
     operands, settings = arguments[:_COUNT], arguments[_COUNT:]
     *settings, wants_x, wants_weights = settings
     genes, widths, dropout, eps, recompute = settings
@@ -236,18 +239,7 @@ def _backward(grads, kept, *arguments) -> list[Tensor | None]:
     gradients = list(vars(found).values())
     if found.x is not None:
         gradients[0] = found.x.view(x.shape)
-    return [
-        _padded(gradient, operand) for gradient, operand in zip(gradients, operands, strict=False)
-    ]
-
-
-def _padded(gradient: Tensor | None, operand: Tensor | None) -> Tensor | None:
-    """A gradient of the leading part as one of the whole operand."""
-    if gradient is None or gradient.shape == operand.shape:
-        return gradient
-    whole = torch.zeros_like(operand)
-    whole[tuple(slice(size) for size in gradient.shape)] = gradient
-    return whole
+    return gradients
 
 
 def _fake_outputs(operands, genes) -> list[Tensor]:
@@ -306,13 +298,17 @@ class _FFN(torch.autograd.Function):
                 "fastffn: gradients of gradients (create_graph=True) are not available here; "
                 "use fastffn.ops.ffn_reference.ffn"
             )
-        operands, kept = ctx.saved_tensors[:_COUNT], ctx.saved_tensors[_COUNT:]
+        saved = ctx.saved_tensors  # once: a checkpoint computes them again at each look
+        operands, kept = saved[:_COUNT], saved[_COUNT:]
         _, wants_x, *wants = ctx.needs_input_grad
         weights = any(wants[i] for i in (0, 2, 4))  # up, gate, down
-        plain = is_plain([x for x in (*grads, *ctx.saved_tensors) if x is not None])
-        function = _backward if plain else _backward_op
-        gradients = function(list(grads), list(kept), *operands, *ctx.settings, wants_x, weights)
-        return None, *gradients, None
+        plain = is_plain([x for x in (*grads, *saved) if x is not None])
+        arguments = list(grads), list(kept), *operands, *ctx.settings, wants_x, weights
+        if not plain:
+            return None, *_backward_op(*arguments), None
+        gradients = _leading_gradients(*arguments)
+        pairs = zip(gradients, operands, strict=False)
+        return None, *(accumulated(gradient, operand) for gradient, operand in pairs), None
 
 
 def _autograd(*arguments) -> list[Tensor]:
@@ -350,3 +346,5 @@ torch.library.register_fake("fastffn::ffn_backward", _fake_backward, lib=_librar
 _op = torch.ops.fastffn.ffn.default
 _forward_op = torch.ops.fastffn.ffn_forward.default
 _backward_op = torch.ops.fastffn.ffn_backward.default
+
+from . import flops  # noqa: E402, F401  once the ops are there

@@ -13,6 +13,7 @@ from ..expr.program import backward_program, forward_program
 from .execute import Pass
 
 COPY = Pass(forward_program(Expr.leaf(Z1)))
+COPY_GRADIENT = Pass(backward_program(Expr.leaf(Z1)))
 ADD = Pass(forward_program(Expr.call("add", Expr.leaf(Z1), Expr.leaf(X))))
 
 
@@ -41,7 +42,7 @@ class Segment:
 
     @functools.cached_property
     def gradient(self) -> Pass:
-        """Over (upstream gradient, *inputs[, what the gradient of x is added to]), of all inputs."""
+        """Of all inputs, over (upstream gradient, *inputs[, what that of x is added to])."""
         return Pass(self._gradient())
 
     @functools.cached_property

@@ -47,6 +47,11 @@ def scale(p: float) -> float:
     return 65536 / (65536 - threshold(p))
 
 
+def draw_seeds(like: Tensor, count: int) -> Tensor:
+    """Seeds of masks, int64 [count], from torch's generator of `like`'s device."""
+    return torch.randint(2**63 - 1, (count,), device=like.device)
+
+
 def dropout_mask(seed: int | Tensor, rows: int, columns: int, p: float) -> Tensor:
     """Which elements dropout keeps: bool [rows, columns], on the device of `seed` (int: the CPU).
 
@@ -62,7 +67,7 @@ def dropout_mask(seed: int | Tensor, rows: int, columns: int, p: float) -> Tenso
     words = philox((group, row & _WORD, row >> 32, torch.zeros_like(row)), seed)
     words = torch.stack([word.expand(rows, group.shape[1]) for word in words], dim=-1)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)  # [rows, groups, word, half]
-    return halves.reshape(rows, -1)[:, :columns] >= threshold(p)
+    return halves.flatten(1)[:, :columns] >= threshold(p)
 
 
 def residual_norm(
@@ -85,5 +90,5 @@ def residual_norm(
     if p > 0:
         columns = x.shape[-1]
         mask = dropout_mask(seed, x.numel() // max(1, columns), columns, p)
-        x = torch.where(mask.to(x.device).view(x.shape), x * scale(p), 0.0)
+        x = x * (mask.to(x).view(x.shape) * scale(p))  # a dropped NaN stays one
     return F.layer_norm(residual + x, x.shape[-1:], weight, bias, eps)

@@ -58,7 +58,8 @@ def forward(
             (mean.data_ptr(), DTYPES[mean.dtype], 1, 0),
             (rstd.data_ptr(), DTYPES[rstd.dtype], 1, 0),
             matrix(y),
-            *(where or (row,)),
+            row,
+            *where,
         )
     else:
         s = _sum(which, inputs, residual, threshold, seed, mean.dtype, row)[0]
@@ -160,7 +161,8 @@ def backward(
             sums.data_ptr(),
             chunk,
             list(summed),
-            *(where or (row,)),
+            row,
+            *where,
         )
     return sums.sum(0) if sums.shape[0] != 1 else sums[0]
 

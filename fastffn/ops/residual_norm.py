@@ -1,0 +1,201 @@
+"""The op `fastffn::residual_norm`: y = LayerNorm(residual + dropout(x)), one pass over the rows.
+
+    x, residual   [.., H]
+    weight, bias  [H] or None
+
+Kept for the backward: x, residual, and mean and reciprocal deviation of each row. The sum is
+computed again, and the dropout mask is a function of the seed (csrc/random.h). The backward is one
+pass too, with the gradients of weight and bias as column sums on the way. `ffn` has this with the
+gene's epilogue in front of it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import execute, row_kernel
+from . import residual_norm_reference as oracle
+from .elementwise import is_plain, is_transformed
+from .ffn_plan import COPY, COPY_GRADIENT
+
+_library = torch.library.Library("fastffn", "FRAGMENT")
+_OPERANDS = "Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed"
+_library.define(f"residual_norm({_OPERANDS}, float dropout, float eps) -> Tensor")
+_library.define(f"residual_norm_forward({_OPERANDS}, float dropout, float eps) -> (Tensor, Tensor)")
+_library.define(
+    f"residual_norm_backward(Tensor grad, Tensor stats, {_OPERANDS}, float dropout) -> Tensor?[]"
+)
+
+
+def residual_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    eps: float = 1e-5,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)) over the last dimension.
+
+    Args:
+        x, residual: [.., H], float32, float64, bfloat16 or float16, any strides.
+        weight, bias: [H] or None.
+        dropout: probability, in steps of 1 / 65536; the caller says 0 in evaluation.
+        eps: added to the variance.
+        seed: int64, one element, on x's device: fixes the mask. None draws one from torch's
+            generator.
+
+    Returns:
+        [.., H], of the widest dtype of residual and weight. Differentiable once.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit each other.
+    """
+    if x.shape != residual.shape or x.dim() == 0:
+        raise UserError(
+            f"residual_norm: x {list(x.shape)} and residual {list(residual.shape)}; "
+            "both are [.., H] of one shape"
+        )
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if name in ("weight", "bias") and tensor.shape != x.shape[-1:]:
+            raise UserError(
+                f"residual_norm: {name} is {list(tensor.shape)}, expected [{x.shape[-1]}]"
+            )
+        if tensor.dtype not in execute.DTYPES:
+            raise UserError(f"residual_norm: {name} is {tensor.dtype}; take a floating-point type")
+        if tensor.device != x.device:
+            raise UserError(f"residual_norm: {name} is on {tensor.device} and x on {x.device}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout: expected a probability from 0 to below 1, got {dropout!r}")
+    if dropout > 0 and seed is None:
+        seed = oracle.draw_seeds(x, 1)
+    if is_transformed():
+        seed = 0 if seed is None else seed
+        return oracle.residual_norm(x, residual, weight, bias, eps, dropout, seed)
+    operands = (x, residual, weight, bias, seed)
+    function = _autograd if _all_plain(operands) else _op
+    return function(*operands, dropout, eps)
+
+
+def _all_plain(tensors) -> bool:
+    return is_plain([x for x in tensors if x is not None])
+
+
+def _dtype(residual: Tensor, weight: Tensor | None) -> torch.dtype:
+    dtype = residual.dtype
+    return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+
+
+def _outputs(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // max(1, x.shape[-1])
+    stats = x.new_empty((2, rows), dtype=execute.compute_dtype(x, residual, weight))
+    return x.new_empty(x.shape, dtype=_dtype(residual, weight)), stats
+
+
+def _forward(x, residual, weight, bias, seed, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
+    y, stats = _outputs(x, residual, weight)
+    width = x.shape[-1]
+    row_kernel.forward(
+        COPY,
+        [x.reshape(-1, width)],
+        residual.reshape(-1, width),
+        weight,
+        bias,
+        eps,
+        oracle.threshold(dropout),
+        seed,
+        y.view(-1, width),
+        *stats,
+    )
+    return y, stats
+
+
+def _inference(*arguments) -> Tensor:
+    return _forward(*arguments)[0]
+
+
+def _backward(grad, stats, x, residual, weight, bias, seed, dropout: float) -> list[Tensor | None]:
+    width = x.shape[-1]
+    dx, dresidual = x.new_empty(x.shape), residual.new_empty(residual.shape)
+    vectors = row_kernel.backward(
+        COPY,
+        [x.reshape(-1, width)],
+        residual.reshape(-1, width),
+        weight,
+        oracle.threshold(dropout),
+        seed,
+        *stats,
+        grad.reshape(-1, width),
+        COPY_GRADIENT,
+        [dx.view(-1, width)],
+        dresidual.view(-1, width),
+        -1,
+        (),
+    )
+    row_vectors = zip((weight, bias), vectors, strict=True)
+    return [dx, dresidual, *(None if v is None else g.to(v.dtype) for v, g in row_vectors)]
+
+
+def _fake_backward(grad, stats, x, residual, weight, bias, seed, dropout) -> list[Tensor | None]:
+    vectors = [None if v is None else torch.empty_like(v) for v in (weight, bias)]
+    return [x.new_empty(x.shape), residual.new_empty(residual.shape), *vectors]
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dropout: float, eps: float, *operands):
+        if _all_plain(operands):
+            y, stats = _forward(*operands, dropout, eps)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, stats = _forward_op(*operands, dropout, eps)
+        ctx.dropout = dropout
+        ctx.save_for_backward(*operands, stats)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # once_differentiable lets some double backwards pass, and lie
+            raise RuntimeError(
+                "fastffn: gradients of gradients (create_graph=True) are not available here; "
+                "use fastffn.ops.residual_norm_reference.residual_norm"
+            )
+        *operands, stats = ctx.saved_tensors  # once: a checkpoint computes them at each look
+        function = _backward if _all_plain((grad, stats, *operands)) else _backward_op
+        return None, None, *function(grad, stats, *operands, ctx.dropout), None
+
+
+def _autograd(*arguments) -> Tensor:
+    *operands, dropout, eps = arguments
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        return _ResidualNorm.apply(dropout, eps, *operands)
+    if _all_plain(operands):
+        return _inference(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*arguments)
+
+
+for _device in ("CPU", "CUDA", "CompositeExplicitAutograd"):  # the last: by the reference
+    _library.impl("residual_norm", _inference, _device)
+    _library.impl("residual_norm_forward", _forward, _device)
+    _library.impl("residual_norm_backward", _backward, _device)
+_library.impl("residual_norm", _autograd, "Autograd")
+
+
+@torch.library.register_fake("fastffn::residual_norm", lib=_library)
+def _(x, residual, weight, bias, seed, dropout, eps):
+    return _outputs(x, residual, weight)[0]
+
+
+@torch.library.register_fake("fastffn::residual_norm_forward", lib=_library)
+def _(x, residual, weight, bias, seed, dropout, eps):
+    return _outputs(x, residual, weight)
+
+
+torch.library.register_fake("fastffn::residual_norm_backward", _fake_backward, lib=_library)
+_op = torch.ops.fastffn.residual_norm.default
+_forward_op = torch.ops.fastffn.residual_norm_forward.default
+_backward_op = torch.ops.fastffn.residual_norm_backward.default

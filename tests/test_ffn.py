@@ -1,0 +1,466 @@
+"""The op `ffn` against torch: values, gradients, recomputation, slices, autocast, memory, FLOPs."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_accurate
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastffn import FFN, ElasticFFN, UserError
+from fastffn.expr import PUBLISHED
+from fastffn.functional import ffn
+from fastffn.ops import backend, ffn_interpreted, ffn_reference, slices
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+RECOMPUTE = ("none", "activation", "all")
+GENES = {
+    "plain": "down(gelu(up(x)))",
+    "epilogue": "tanh(down(gelu(up(x))))",
+    "prologue": "down(gelu(up(max(x, tanh(x)))))",
+    "x in the middle": "down(relu(mul(up(x), x)))",
+    "x in the epilogue": "mul(sigmoid(down(elu(up(x)))), x)",
+    "gated": "down(mul(swish(gate(x)), up(x)))",
+    "everything": "max(down(mul(mul(sigmoid(gate(swish(x))), up(swish(x))), x)), tanh(x))",
+}
+CPP = backend.cpp()[0]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that torch.empty returns is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def operands(gene, rows, hidden, width, dtype, device="cpu", seed=0):
+    """x, up, up_bias, gate, gate_bias, down, down_bias, norm_weight, norm_bias; requiring grad."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, scale=1.0):
+        values = scale * torch.randn(*size, generator=generator, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_()
+
+    gated = "gate" in gene
+    return [
+        normal(rows, hidden),
+        normal(width, hidden, scale=hidden**-0.5),
+        normal(width),
+        normal(width, hidden, scale=hidden**-0.5) if gated else None,
+        normal(width) if gated else None,
+        normal(hidden, width, scale=width**-0.5),
+        normal(hidden),
+        normal(hidden),
+        normal(hidden),
+    ]
+
+
+def run(leaves, gene, dropout=0.0, recompute="none", seed=5):
+    x, up, up_bias, gate, gate_bias, *others = leaves
+    seed = torch.tensor([seed], device=x.device) if dropout else None
+    return ffn(
+        x, gene, up, up_bias, *others, gate, gate_bias,
+        dropout=dropout, recompute=recompute, seed=seed,
+    )  # fmt: skip
+
+
+def oracle(leaves, gene, dropout=0.0, seed=5):
+    seed = torch.tensor([seed], device=leaves[0].device) if dropout else None
+    return ffn_reference.ffn(*leaves, seed, gene, leaves[1].shape[0], dropout, 1e-5)
+
+
+def gradients(y, leaves, grad):
+    return torch.autograd.grad(y, [x for x in leaves if x is not None], grad)
+
+
+def copies(leaves, dtype=None):
+    return [
+        None if x is None else x.detach().to(dtype or x.dtype).clone().requires_grad_()
+        for x in leaves
+    ]
+
+
+def check(gene, leaves, dropout=0.0, recompute="none"):
+    """Value and gradients by the oracle rule."""
+    same, exact = copies(leaves), copies(leaves, torch.float64)
+    y, want, true = run(leaves, gene, dropout, recompute), oracle(same, gene, dropout), None
+    true = oracle(exact, gene, dropout)
+    assert y.dtype == want.dtype and y.shape == want.shape
+    assert_accurate(y, true, want, f"{gene}: y")
+    grad = torch.randn(y.shape, dtype=torch.float64, device=y.device).to(y.dtype)
+    triples = zip(
+        gradients(y, leaves, grad),
+        gradients(true, exact, grad.double()),
+        gradients(want, same, grad),
+        strict=True,
+    )
+    for i, (got, truth, other) in enumerate(triples):
+        assert got.dtype == other.dtype
+        assert_accurate(got, truth, other, f"{gene}: gradient {i}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GENES)
+def test_every_kind_of_gene(name, dtype, device):
+    gene = GENES[name]
+    check(gene, operands(gene, 37, 180, 135, dtype, device), dropout=0.1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("hidden, width", [(1, 1), (7, 3), (135, 45), (540, 270), (384, 1536)])
+def test_odd_widths(hidden, width, device):
+    check(GENES["epilogue"], operands("", 20, hidden, width, torch.float32, device))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_random_shapes(data):
+    gene = data.draw(st.sampled_from(list(GENES.values())))
+    width = data.draw(st.sampled_from([1, 7, 16, 33]))
+    hidden = width + data.draw(st.sampled_from([0, 1, 15]))
+    rows = data.draw(st.sampled_from([0, 1, 2, 65]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    leaves = operands(gene, rows, hidden, width, dtype, seed=data.draw(st.integers(0, 99)))
+    check(
+        gene, leaves, data.draw(st.sampled_from([0.0, 0.25])), data.draw(st.sampled_from(RECOMPUTE))
+    )
+
+
+@pytest.mark.parametrize("name", GENES)
+def test_several_slabs_equal_one(name, monkeypatch):
+    gene = GENES[name]
+    leaves = operands(gene, 300, 24, 16, torch.float64)
+    grad = torch.randn(300, 24, dtype=torch.float64)
+    y = run(leaves, gene, 0.2)
+    whole = [y, *gradients(y, leaves, grad)]
+    monkeypatch.setattr(ffn_interpreted, "_MIN_ROWS", 64)
+    monkeypatch.setattr(ffn_interpreted, "_SLAB_BYTES", 0)
+    y = run(leaves, gene, 0.2)
+    for got, want in zip([y, *gradients(y, leaves, grad)], whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GENES)
+def test_recomputation_changes_no_bit(name, dtype, device, monkeypatch):
+    monkeypatch.setattr(ffn_interpreted, "_MIN_ROWS", 64)
+    monkeypatch.setattr(ffn_interpreted, "_SLAB_BYTES", 0)
+    gene, results = GENES[name], []
+    for recompute in RECOMPUTE:
+        leaves = operands(gene, 200, 48, 33, dtype, device)
+        y = run(leaves, gene, 0.1, recompute)
+        results.append([y, *gradients(y, leaves, y.detach())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def kept_floats(module, x):
+    """Numbers per row that autograd keeps for the backward, parameters aside; a memory once."""
+    storages = {}
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    assert y.requires_grad
+    return sum(storages.values()) / x.element_size() / x.shape[0]
+
+
+class Eager(torch.nn.Module):
+    """The published blocks in plain torch."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x):
+        for block in self.blocks:
+            for unit in block.units:
+                weights = [unit.up.weight, unit.up.bias, None, None, unit.down.weight]
+                weights += [unit.down.bias, unit.norm.weight, unit.norm.bias, None]
+                gene = str(block.gene.expr)
+                x = ffn_reference.ffn(x, *weights, gene, block.width, 0.0, 1e-5)
+        return x
+
+
+def test_what_autograd_keeps():
+    """Counted, of the six published blocks: at most 0.65 and 0.27 of what torch keeps."""
+    x = torch.randn(64, 540, requires_grad=True)
+    kept = {}
+    for recompute in RECOMPUTE:
+        blocks = [FFN(540, gene, dropout=0.0, recompute=recompute) for gene in PUBLISHED]
+        kept[recompute] = kept_floats(torch.nn.Sequential(*blocks), x)
+    eager = kept_floats(Eager(torch.nn.ModuleList(blocks)), x)
+    inputs, units = 12 * 540, 12  # x of each unit, and mean and deviation besides
+    products = sum(gene.stack * (gene.width(540) + 540) for gene in PUBLISHED)
+    activations = sum(gene.stack * gene.width(540) for gene in PUBLISHED)
+    assert kept["all"] == inputs + 2 * units
+    assert kept["activation"] == kept["all"] + products
+    assert kept["none"] == kept["activation"] + activations
+    assert kept["activation"] <= 0.65 * eager and kept["all"] <= 0.27 * eager
+
+
+def test_flops_are_counted():
+    def count(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    leaves = operands("gate", 10, 8, 6, torch.float32)
+    gene = GENES["gated"]
+    product = 2 * 10 * 8 * 6
+    with torch.no_grad():
+        assert count(lambda: run(leaves, gene)) == 3 * product
+    assert count(lambda: run(leaves, gene).sum().backward()) == 9 * product
+    assert count(lambda: run(leaves, gene, recompute="all").sum().backward()) == 12 * product
+    assert count(lambda: oracle(leaves, gene).sum().backward()) == 9 * product
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_is_as_accurate_as_torchs(device):
+    gene = GENES["x in the epilogue"]
+    leaves = operands(gene, 40, 48, 24, torch.float32, device)
+    same, exact = copies(leaves), copies(leaves, torch.float64)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, want = run(leaves, gene), oracle(same, gene)
+    assert y.dtype == want.dtype == torch.float32
+    true, grad = oracle(exact, gene), torch.randn(40, 48, device=device)
+    assert_accurate(y, true, want)
+    for got, exactly, other in zip(
+        gradients(y, leaves, grad),
+        gradients(true, exact, grad.double()),
+        gradients(want, same, grad),
+        strict=True,
+    ):
+        assert got.dtype == other.dtype
+        assert_accurate(got, exactly, other)
+
+
+def test_checkpointing_draws_the_same_mask():
+    block = FFN(48, "2x1 tanh(down(gelu(up(x))))", dropout=0.3).double()
+    x = torch.randn(9, 48, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for wrap in (lambda f, a: f(a), lambda f, a: checkpoint(f, a, use_reentrant=False)):
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(wrap(block, x).square().sum(), [x, *block.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", ["everything", "plain"])
+def test_gradcheck(name):
+    gene = GENES[name]
+    leaves = operands(gene, 3, 5, 4, torch.float64)
+    present = [i for i, x in enumerate(leaves) if x is not None]
+
+    def function(*some):
+        every = [None] * 9
+        for i, x in zip(present, some, strict=True):
+            every[i] = x
+        return run(every, gene, 0.2)
+
+    assert torch.autograd.gradcheck(function, [leaves[i] for i in present])
+
+
+@pytest.mark.parametrize("name", ["everything", "plain"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_opcheck(name, recompute):
+    gene = GENES[name]
+    leaves = operands(gene, 6, 8, 5, torch.float32)
+    seed = torch.tensor([3])
+    arguments = (*leaves, seed, [gene], [5], 0.1, 1e-5, recompute)
+    torch.library.opcheck(torch.ops.fastffn.ffn.default, arguments)
+
+
+def test_torch_compile_takes_a_block_whole():
+    block = FFN(48, "2x1/2 tanh(down(gelu(up(x))))", dropout=0.0)
+    x = torch.randn(4, 9, 48, requires_grad=True)
+    compiled = torch.compile(block, fullgraph=True)
+    y, want = compiled(x), block(x)
+    assert torch.equal(y, want)
+    leaves = [x, *block.parameters()]
+    pairs = zip(
+        torch.autograd.grad(y.square().sum(), leaves),
+        torch.autograd.grad(want.square().sum(), leaves),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_second_gradients_are_refused():
+    """A gradient penalty must raise, not lie."""
+    leaves = operands("", 4, 8, 5, torch.float32)
+    y = run(leaves, GENES["plain"])
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+
+
+def test_nan_and_overflow_propagate_as_torchs():
+    gene = GENES["plain"]
+    leaves = operands(gene, 5, 16, 9, torch.float16)
+    with torch.no_grad():
+        leaves[0][1, 3], leaves[0][2, 2] = float("nan"), float("inf")
+        leaves[0][3] = 6e4  # its products overflow
+        y, want = run(leaves, gene), oracle(leaves, gene)
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isfinite(), want.isfinite())
+    assert y.isnan().any() and y.isfinite().any()
+
+
+def test_bitwise_equal_on_any_number_of_threads():
+    """Of what is ours; torch's products are left out by widths of one."""
+    block = FFN(540, "1x1/540 tanh(down(gelu(up(x))))", dropout=0.4)
+    x = torch.randn(300, 540, requires_grad=True)
+    results = []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch.manual_seed(2)
+        y = block(x)
+        results.append([y, *torch.autograd.grad(y.sum(), [block.units[0].norm.weight])])
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# The supernet.
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_many_genes_in_one_call(recompute, device):
+    genes = [
+        "1x1 tanh(down(gelu(up(x))))",
+        "2x1/3 down(relu(mul(up(x), x)))",
+        "1x1/2 down(mul(swish(gate(x)), up(x)))",
+        "1x1/2 down(gelu(up(max(x, tanh(x)))))",
+        "2x1/2 mul(down(gelu(up(x))), x)",
+    ]
+    block = ElasticFFN(54, 2, 54, gated=True, dropout=0.0, recompute=recompute).to(device).double()
+    x = torch.randn(3, 11, 54, dtype=torch.float64, device=device, requires_grad=True)
+    weights = list(block.parameters())
+    grads = [torch.randn_like(x) for _ in genes]
+    many, single = block.forward_many(x, genes), [block(x, gene) for gene in genes]
+    for a, b in zip(many, single, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    together = torch.autograd.grad(many, [x, *weights], grads, allow_unused=True)
+    apart = torch.autograd.grad(single, [x, *weights], grads, allow_unused=True)
+    for a, b in zip(together, apart, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:  # the second unit's gate
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_many_genes_share_one_product():
+    block = ElasticFFN(48, 1, 48, dropout=0.0)
+    x = torch.randn(10, 48)
+    genes = ["1x1 down(gelu(up(x)))", "1x1/2 tanh(down(relu(up(x))))", "1x1/3 down(tanh(up(x)))"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        block.forward_many(x, genes)
+    assert counter.get_total_flops() == 2 * 10 * 48 * (48 + 48 + 24 + 16)
+
+
+def test_slices_accumulate_without_zeros(monkeypatch):
+    block = ElasticFFN(48, 1, 48, dropout=0.0)
+    x = torch.randn(10, 48)
+    genes = ["1x1 down(gelu(up(x)))", "1x1/2 tanh(down(relu(up(x))))", "1x1/3 down(tanh(up(x)))"]
+
+    def step():
+        block.zero_grad()
+        for gene in genes:
+            block(x, gene).square().sum().backward()
+        return [p.grad.clone() for p in block.parameters()]
+
+    calls = []
+    padded = slices.padded
+    monkeypatch.setattr(slices, "padded", lambda *a: (calls.append(a), padded(*a))[1])
+    fast = step()
+    assert not calls
+    monkeypatch.setattr(slices, "_only_accumulates", lambda operand: False)
+    for a, b in zip(fast, step(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert calls
+
+
+def test_slices_leave_grad_alone_where_others_look():
+    block = ElasticFFN(48, 1, 48, dropout=0.0)
+    x, gene = torch.randn(10, 48), "1x1/2 down(gelu(up(x)))"
+    weight = block.units[0].up.weight
+    block(x, "1x1 down(gelu(up(x)))").sum().backward()
+    before = weight.grad.clone()
+    (grad,) = torch.autograd.grad(block(x, gene).sum(), [weight])
+    assert grad.shape == weight.shape and torch.equal(weight.grad, before)
+    seen = []
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    block(x, gene).sum().backward()
+    assert seen == [weight.shape]
+
+
+def test_hooks_on_the_modules_see_their_calls():
+    block = FFN(16, "1x1 down(gelu(up(x)))", dropout=0.0)
+    x = torch.randn(3, 16)
+    want, seen = block(x), []
+    block.units[0].down.register_forward_hook(lambda *a: seen.append(1))
+    torch.testing.assert_close(block(x), want)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(3, 5)}, "does not go into up"),
+        ({"down": torch.ones(3, 4)}, r"down is \[3, 4\], expected \[4, 6\]"),
+        ({"gate": torch.ones(6, 4)}, "exactly if"),
+        ({"down": torch.ones(4, 6, dtype=torch.bfloat16)}, "they are one type"),
+        ({"x": torch.ones(3, 4, dtype=torch.int32)}, "int32"),
+        ({"recompute": "some"}, "expected one of none, activation, all"),
+        ({"dropout": 1.0}, "probability"),
+        ({"seed": torch.ones(1)}, "seed"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "x": torch.ones(3, 4),
+        "gene": GENES["plain"],
+        "up": torch.ones(6, 4),
+        "up_bias": None,
+        "down": torch.ones(4, 6),
+        "down_bias": None,
+        "norm_weight": None,
+        "norm_bias": None,
+    }
+    assert ffn(**arguments).shape == (3, 4)
+    with pytest.raises(UserError, match=message):
+        ffn(**(arguments | change))
+
+
+def test_mixed_types_need_autocast():
+    block = FFN(16, "1x1 down(gelu(up(x)))", dropout=0.0)
+    with pytest.raises(UserError, match="autocast"):
+        block(torch.randn(3, 16, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("served", ["reference", *(CPP.available_isas() if CPP else [])])
+def test_every_executor(served, monkeypatch):
+    before = CPP.isa() if CPP else None
+    try:
+        if served == "reference":
+            monkeypatch.setattr(backend, "cpp", lambda: (None, "test"))
+        else:
+            CPP.select_isa(served)
+        for gene, recompute in itertools.product(("epilogue", "everything"), ("none", "all")):
+            leaves = operands(GENES[gene], 21, 40, 20, torch.float32)
+            check(GENES[gene], leaves, 0.1, recompute)
+    finally:
+        if before:
+            CPP.select_isa(before)
