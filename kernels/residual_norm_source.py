@@ -121,8 +121,8 @@ def _sum(value: str) -> str:
     return f"tl.sum(tl.sum({value}, 0), 1)[None, :, None]"
 
 
-def _value(program: Program, letters: Mapping[str, str], same: str, dropout: bool) -> list[str]:
-    """s, the sum that is normalised, and `keep` where there is dropout."""
+def _value(program: Program, same: str, compute: str, dropout: bool) -> list[str]:
+    """s, the sum that is normalised, and where there is dropout the factor of each element."""
     lines = [f"e = program({_inputs(program)})"]
     r = f"{same or 'residual'}_"
     if not dropout:
@@ -130,7 +130,8 @@ def _value(program: Program, letters: Mapping[str, str], same: str, dropout: boo
     return [
         *lines,
         "keep = kept(seed, row + i, vector, V, THRESHOLD, CHUNKS, ROWS, WIDTH)",
-        f"s = tl.where(keep, {r} + e * (65536 / (65536 - THRESHOLD)), {r})",
+        f"factor = tl.where(keep, tl.full([1], 65536 / (65536 - THRESHOLD), {compute}), 0.0)",
+        f"s = {r} + e * factor",
     ]
 
 
@@ -172,7 +173,7 @@ def forward_text(
     """
     loaded = [name for name in letters if name[0] == "i" or name in ("residual", "weight", "bias")]
     body = [_load(name, letters[name], compute) for name in loaded]
-    body += _value(program, letters, same, dropout)
+    body += _value(program, same, compute, dropout)
     body += [
         f"mean_ = {_sum('tl.where(live_j, s, 0.0)')} * (1 / COLUMNS)",
         "d = tl.where(live_j, s - mean_, 0.0)",
@@ -224,7 +225,7 @@ def backward_text(
     body = [_load(name, letters[name], compute) for name in loaded]
     if letters["dy"] in "cs":  # the sums rely on zeros outside
         body.append("dy_ = tl.where(live, dy_, 0.0)")
-    body += _value(program, letters, same, dropout)
+    body += _value(program, same, compute, dropout)
     parameters = ["de", *(f"i{i - 1}_" for i in codegen.live_inputs(gradient) if i)]
     if 0 not in codegen.live_inputs(gradient):
         parameters = parameters[1:]
@@ -237,7 +238,7 @@ def backward_text(
         "both = tl.join(tl.sum(g, 0), tl.sum(g * x, 0))  # one trip through shared memory, if any",
         "average, slope = tl.split(tl.sum(both, 1) * (1 / COLUMNS))",
         "ds = (g - average[None, :, None] - x * slope[None, :, None]) * rstd_",
-        "de = tl.where(keep, ds * (65536 / (65536 - THRESHOLD)), 0.0)" if dropout else "de = ds",
+        f"de = ds{' * factor' if dropout else ''}",
         f"{', '.join(outputs)} = gradient({', '.join(parameters)})",
     ]
     if added_to >= 0:

@@ -75,7 +75,13 @@ _FILLED = 128  # blocks from which on a device counts as filled (an H100 has 132
 
 @cache
 def linear(
-    M: int, N: int, K: int, item: int, matrices: int = 2, width: int = VECTOR_BYTES
+    M: int,
+    N: int,
+    K: int,
+    item: int,
+    matrices: int = 2,
+    vector: int = 4,
+    width: int = VECTOR_BYTES,
 ) -> ProductTile:
     """Tile of a product [M, K] x [K, N] of items of `item` bytes, on any GPU.
 
@@ -83,10 +89,11 @@ def linear(
     tiles spill. 32-bit: 64 x 64, since arithmetic without tensor cores keeps operands in registers.
     Tiles are halved as long as they leave multiprocessors idle.
 
-    The epilogue takes 16 elements of each matrix at a time per thread, 8 where it holds more than
-    five `matrices` (products, extras and results): the whole tile at once spilled. Factors of which
-    less than 4 bytes can be loaded at a time (`width`, in bytes) come by way of registers, and so
-    are fetched in smaller pieces.
+    The epilogue takes 16 elements of each matrix at a time per thread, because the whole tile at
+    once spilled; 8 where it holds more than five `matrices` (products, extras and results), or
+    needs many addresses because less than four elements are loaded at a time (`vector`). Factors
+    of which less than 4 bytes can be loaded at a time (`width`, in bytes) come by way of registers,
+    and so are fetched in smaller pieces.
 
     The rows depend on M, N and `item` only: callers allocate partial sums by them.
     """
@@ -97,7 +104,7 @@ def linear(
     if columns == 64 and ceil_div(M, rows) * ceil_div(N, columns) < _FILLED:
         columns = 32
     warps = 8 if rows == 128 else 4
-    parts = rows * columns // (warps * WARP * (8 if matrices > 5 else 16))
+    parts = rows * columns // (warps * WARP * (8 if matrices > 5 or vector < 4 else 16))
     halvings = parts.bit_length() - 1 if parts else 0
     return ProductTile(rows, columns, _depth(K, item, width), warps, 3, halvings)
 
@@ -147,9 +154,9 @@ def residual_norm(columns: int, widest: int, elements: int) -> RowTile:
 
     A row belongs to one warp while a thread then holds at most `elements` of it, else to the fewest
     warps that do: within a warp, sums over a row are shuffles without a barrier. Of short rows a
-    warp takes several. Loads are as wide as possible (`widest`, in columns), unless narrower ones of
-    at least two columns compute much fewer columns beyond the last: 384 columns in bf16 are one and
-    a half times what a warp loads in 16 bytes each, and three times what it loads in 8.
+    warp takes several. Loads are as wide as possible (`widest`, in columns), unless narrower ones,
+    of at least two columns, compute much fewer columns beyond the last: 384 columns in bf16 are one
+    and a half times what a warp loads in 16 bytes each, and three times what it loads in 8.
     """
 
     def tile(vector: int) -> RowTile:
