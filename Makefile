@@ -4,11 +4,15 @@ VENV ?= .venv
 ARGS ?=
 RUNS ?= 3
 
+# The tests of csrc, for `make sanitize`.
+SANITIZED := $(wildcard tests/test_math.py tests/test_elementwise.py tests/test_residual_norm.py \
+  tests/test_ffn.py)
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/* tests/cuda_emulator/*)
 
-.PHONY: install test demo bench lint format clean
+.PHONY: install test sanitize demo bench lint format clean
 
 install: $(STAMP)
 	@FASTFFN_REQUIRE_BUILD=1 $(BIN)/python csrc/build.py --quiet
@@ -26,6 +30,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 # One thread per worker: the workers already fill the cores. A test of threads sets their number.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --benchmark-disable $(ARGS)
+
+# csrc under AddressSanitizer and UndefinedBehaviorSanitizer, built apart. The C++ runtime is loaded
+# first too: else the sanitizer does not find its exceptions. Leaks are left out: Python leaks at exit.
+sanitize: install
+	@mkdir -p build/sanitize
+	FASTFFN_CUDA=0 FASTFFN_REQUIRE_BUILD=1 FASTFFN_SANITIZE=address,undefined \
+	  $(BIN)/python csrc/build.py --quiet --into build/sanitize
+	LD_PRELOAD="$$(echo $$(for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done))" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  FASTFFN_TEST_MODULE=build/sanitize $(BIN)/pytest $(SANITIZED) $(ARGS)
 
 demo: install
 	$(BIN)/fastffn demo $(ARGS)
