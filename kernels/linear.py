@@ -195,7 +195,7 @@ def plan(
 
     width = min(VA, VW) * a.element_size()
     held = len(weights) + len(live) + sum(r >= len(program.inputs) for r in program.outputs)
-    tile = tiles.linear(M, N, K, a.element_size(), held, width)
+    tile = tiles.linear(M, N, K, a.element_size(), held, V, width)
     along = [VA] + [VW for x in rights if x.letter == "k"]
     bias_letters = [
         "-" if b is None else "m" if b.stride(0) == 1 or N == 1 else "g" for b in biases
