@@ -4,9 +4,10 @@ VENV ?= .venv
 ARGS ?=
 RUNS ?= 3
 
-# The tests of csrc, for `make sanitize`.
+# For `make sanitize`: what is checked, and the tests of csrc.
+CHECKS := address,undefined
 SANITIZED := $(wildcard tests/test_math.py tests/test_elementwise.py tests/test_residual_norm.py \
-  tests/test_ffn.py)
+  tests/test_ffn.py tests/test_cuda_emulated.py)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -31,15 +32,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --benchmark-disable $(ARGS)
 
-# csrc under AddressSanitizer and UndefinedBehaviorSanitizer, built apart. The C++ runtime is loaded
-# first too: else the sanitizer does not find its exceptions. Leaks are left out: Python leaks at exit.
+# csrc under AddressSanitizer and UndefinedBehaviorSanitizer, built apart; CUDA in its emulator. The
+# C++ runtime is loaded first too: else the sanitizer does not find its exceptions. Leaks are left
+# out: Python leaks at exit.
 sanitize: install
 	@mkdir -p build/sanitize
-	FASTFFN_CUDA=0 FASTFFN_REQUIRE_BUILD=1 FASTFFN_SANITIZE=address,undefined \
+	FASTFFN_CUDA=0 FASTFFN_REQUIRE_BUILD=1 FASTFFN_SANITIZE=$(CHECKS) \
 	  $(BIN)/python csrc/build.py --quiet --into build/sanitize
 	LD_PRELOAD="$$(echo $$(for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done))" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  FASTFFN_TEST_MODULE=build/sanitize $(BIN)/pytest $(SANITIZED) $(ARGS)
+	  FASTFFN_TEST_MODULE=build/sanitize FASTFFN_SANITIZE=$(CHECKS) $(BIN)/pytest $(SANITIZED) $(ARGS)
 
 demo: install
 	$(BIN)/fastffn demo $(ARGS)

@@ -2,7 +2,8 @@
 
 `load()` compiles at the first call, into a folder named by the content of all that goes in, so that
 later sessions find it, and returns the module: the functions of csrc/cuda_bindings.cpp on addresses
-of CPU memory.
+of CPU memory. FASTFFN_SANITIZE is heeded as in csrc/build.py; among others it finds misaligned
+accesses, which a CPU forgives and a device does not.
 """
 
 import functools
@@ -53,11 +54,13 @@ def load() -> ModuleType:
     except build.BuildError as error:
         pytest.skip(str(error))
     sources, everything = _sources()
-    digest = hashlib.sha256(f"{version}{_FLAGS}{sys.version}".encode())
+    checks = os.environ.get("FASTFFN_SANITIZE")
+    flags = _FLAGS + [f"-fsanitize={checks}", "-g"] if checks else _FLAGS
+    digest = hashlib.sha256(f"{version}{flags}{sys.version}".encode())
     for path in everything:
         digest.update(path.name.encode() + path.read_bytes())
     base = ROOT / "build" if os.access(ROOT, os.W_OK) else Path(tempfile.gettempdir())
-    folder = base / "cuda_emulator"
+    folder = base / ("cuda_emulator-sanitize" if checks else "cuda_emulator")
     folder.mkdir(parents=True, exist_ok=True)
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
     path = folder / digest.hexdigest()[:16] / f"cuda_emulated{suffix}"
@@ -65,7 +68,7 @@ def load() -> ModuleType:
         if not path.is_file():
             for old in folder.glob("*/cuda_emulated*"):
                 shutil.rmtree(old.parent, ignore_errors=True)
-            _compile(build, compiler, sources, folder, path)
+            _compile(build, [*compiler, *flags], sources, folder, path)
     spec = importlib.util.spec_from_file_location("cuda_emulated", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -78,7 +81,7 @@ def _compile(build, compiler: list[str], sources: list[Path], folder: Path, path
     include.append(f"-isystem{sysconfig.get_path('include')}")
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / path.name
-        command = [*compiler, *_FLAGS, *include, "-x", "c++", *map(str, sources), "-o", str(made)]
+        command = [*compiler, *include, "-x", "c++", *map(str, sources), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         path.parent.mkdir(exist_ok=True)
