@@ -29,21 +29,19 @@ def philox(w0, w1, w2, w3, key0, key1):
 @triton.jit
 def kept(
     seed, row, column,
-    V: tl.constexpr, THRESHOLD: tl.constexpr,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    V: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Which elements of a tile [CHUNKS, ROWS, WIDTH] dropout keeps.
+    """Which elements of a tile [ROWS, WIDTH] dropout keeps.
 
-    seed: pointer to 64 bits. row: int64 [1, ROWS, 1]. column: int32 [CHUNKS, 1, WIDTH / V], the
-    first of each V neighbours. V: 1, 2, 4 or 8.
+    seed: pointer to 64 bits. row: int64 [ROWS, 1]. column: int32 [1, WIDTH / V], the first of each
+    V neighbours. V: 1, 2, 4 or 8.
     """
     bits = tl.load(seed).to(tl.uint64, bitcast=True)
-    zero = tl.zeros([1, 1, 1], tl.uint32)
     w0, w1, w2, w3 = philox(
         (column // 8).to(tl.uint32),
         row.to(tl.uint32),
         (row >> 32).to(tl.uint32),
-        zero,
+        tl.zeros([1, 1], tl.uint32),
         bits.to(tl.uint32),
         (bits >> 32).to(tl.uint32),
     )
@@ -60,4 +58,4 @@ def kept(
         halves = tl.where(column % 2 == 0, words << 16, words)
     else:
         halves = tl.join(words << 16, words)
-    return tl.reshape(halves, [CHUNKS, ROWS, WIDTH]) >= (THRESHOLD << 16)
+    return tl.reshape(halves, [ROWS, WIDTH]) >= (THRESHOLD << 16)

@@ -141,13 +141,12 @@ class _Operands:
             row, column = self.strides[name]
             arguments += {"m": [row // vector], "c": [row], "g": [row, column]}.get(letter, [])
         reach = max(
-            tile.rows * abs(row) + tile.chunks * tile.width * abs(column)
+            tile.rows * abs(row) + (self.columns + tile.width) * abs(column)
             for row, column in self.strides.values()
         )
         constants = {
             "COLUMNS": self.columns,
             "V": vector,
-            "CHUNKS": tile.chunks,
             "ROWS": tile.rows,
             "WIDTH": tile.width,
             "INDEX": tl.int32 if reach <= _INT32_MAX else tl.int64,
@@ -214,9 +213,9 @@ def plan_forward(
         program,
         None,
         lambda: residual_norm_source.forward_text(
-            program, operands.letters, same, compute, dropout, eps
+            program, operands.letters, same, columns, tile, compute, dropout, eps
         ),
-        (tuple(operands.letters.items()), same, compute, dropout, eps),
+        (tuple(operands.letters.items()), same, columns, tile, compute, dropout, eps),
     )
     grid = tiles.ceil_div(rows, tile.rows)
     return operands.launch(kernel, grid, tile.rows, tile, threshold, seed)
@@ -286,9 +285,27 @@ def plan_backward(
         program,
         gradient,
         lambda: residual_norm_source.backward_text(
-            program, gradient, operands.letters, same, compute, dropout, added_to, summed
+            program,
+            gradient,
+            operands.letters,
+            same,
+            columns,
+            tile,
+            compute,
+            dropout,
+            added_to,
+            summed,
         ),
-        (tuple(operands.letters.items()), same, compute, dropout, added_to, summed),
+        (
+            tuple(operands.letters.items()),
+            same,
+            columns,
+            tile,
+            compute,
+            dropout,
+            added_to,
+            summed,
+        ),
     )
     share = tiles.ceil_div(tiles.ceil_div(rows, len(sums)), tile.rows) * tile.rows
     return operands.launch(kernel, len(sums), share, tile, threshold, seed)

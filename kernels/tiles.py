@@ -137,16 +137,18 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class RowTile:
-    """One step of a row kernel: `rows` rows of `chunks` x `width` columns by `warps` warps.
+    """One step of a row kernel: `rows` rows, `width` columns at a time, by `warps` warps.
 
     A thread loads `vector` columns at a time.
     """
 
     vector: int
-    chunks: int
     rows: int
     width: int
     warps: int
+
+
+_PIECES = 8  # of a row; the time to compile grows with their square
 
 
 def residual_norm(columns: int, widest: int, elements: int) -> RowTile:
@@ -162,12 +164,13 @@ def residual_norm(columns: int, widest: int, elements: int) -> RowTile:
     def tile(vector: int) -> RowTile:
         lanes = min(WARP, next_power_of_2(ceil_div(columns, vector)))
         per_row = 1
-        while per_row < 16 and ceil_div(columns, WARP * per_row * vector) * vector > elements:
+        while per_row < 16 and ceil_div(columns, WARP * per_row * vector) > min(
+            _PIECES, elements // vector
+        ):
             per_row *= 2
         width = lanes * per_row * vector
         warps = max(_WARPS, per_row)
-        chunks = next_power_of_2(ceil_div(columns, width))
-        return RowTile(vector, chunks, warps // per_row * (WARP // lanes), width, warps)
+        return RowTile(vector, warps // per_row * (WARP // lanes), width, warps)
 
     def computed(tile: RowTile) -> int:
         return ceil_div(columns, tile.width) * tile.width

@@ -230,15 +230,12 @@ def same_mask(device: str, shape: tuple[int, int], p: float, seed: int, dtype: t
 @triton.jit
 def _kept(
     out, seed, row,
-    V: tl.constexpr, THRESHOLD: tl.constexpr,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    V: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    k = tl.arange(0, CHUNKS)[:, None, None] * WIDTH
-    i = tl.arange(0, ROWS)[None, :, None].to(tl.int64)
-    column = k + tl.arange(0, WIDTH // V)[None, None, :] * V
-    keep = philox.kept(seed, row + i, column, V, THRESHOLD, CHUNKS, ROWS, WIDTH)
-    at = i * (CHUNKS * WIDTH) + k + tl.arange(0, WIDTH)[None, None, :]
-    tl.store(out + at, keep.to(tl.int8))
+    i = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    column = tl.arange(0, WIDTH // V)[None, :] * V
+    keep = philox.kept(seed, row + i, column, V, THRESHOLD, ROWS, WIDTH)
+    tl.store(out + (i * WIDTH + tl.arange(0, WIDTH)[None, :]), keep.to(tl.int8))
 
 
 def mask_of_far_rows(device: str, vector: int):
@@ -247,7 +244,7 @@ def mask_of_far_rows(device: str, vector: int):
         for seed in (-1, SEED):
             there = torch.tensor([seed], device=device)
             out = torch.full((4, 128), 2, dtype=torch.int8, device=device)
-            _kept[(1,)](out, there, row, vector, 20000, 2, 4, 64)
+            _kept[(1,)](out, there, row, vector, 20000, 4, 128)
             rows = torch.arange(row, row + 4)[:, None]
             group = torch.arange(16)[None]
             counter = (group, rows & 0xFFFFFFFF, rows >> 32, torch.zeros_like(rows))
