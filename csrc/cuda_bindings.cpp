@@ -19,7 +19,7 @@ void elementwise(const Program& program, const std::vector<int64_t>& size,
   cuda_elementwise(call, {device, stream});
 }
 
-// `routine` and `registers`: see DeviceRoutine; 0 for the program itself.
+// `routine`, `gradient_routine` and `registers`: see DeviceRoutines; 0 for the programs themselves.
 void summed_elementwise(const Program& program, int64_t rows, int64_t columns,
                         const std::vector<MatrixTuple>& operands, uintptr_t sums, int64_t chunk,
                         const std::vector<int>& summed, int device, uintptr_t stream,
@@ -27,7 +27,7 @@ void summed_elementwise(const Program& program, int64_t rows, int64_t columns,
   SummedElementwise call{};
   if (!make_summed_elementwise(program, rows, columns, operands, sums, chunk, summed, call)) return;
   py::gil_scoped_release release;
-  cuda_summed_elementwise(call, {routine, registers}, {device, stream});
+  cuda_summed_elementwise(call, {routine, 0, registers}, {device, stream});
 }
 
 void residual_norm(const Program& program, int64_t rows, int64_t columns,
@@ -35,7 +35,7 @@ void residual_norm(const Program& program, int64_t rows, int64_t columns,
                    const MatrixTuple& weight, const MatrixTuple& bias, double eps,
                    uint32_t threshold, uintptr_t seed, const MatrixTuple& mean,
                    const MatrixTuple& rstd, const MatrixTuple& y, int64_t first_row, int device,
-                   uintptr_t stream) {
+                   uintptr_t stream, uintptr_t routine, int registers) {
   ResidualNormForward call{};
   if (!make_residual_norm({&program, rows, columns, inputs, residual, weight, bias, eps, threshold,
                            seed, mean, rstd},
@@ -43,7 +43,7 @@ void residual_norm(const Program& program, int64_t rows, int64_t columns,
     return;
   call.dropout.first_row = first_row;
   py::gil_scoped_release release;
-  cuda_residual_norm(call, {device, stream});
+  cuda_residual_norm(call, {routine, 0, registers}, {device, stream});
 }
 
 void residual_norm_backward(const Program& program, int64_t rows, int64_t columns,
@@ -54,7 +54,8 @@ void residual_norm_backward(const Program& program, int64_t rows, int64_t column
                             const std::vector<MatrixTuple>& gradients, const MatrixTuple& dresidual,
                             int added_to, uintptr_t sums, int64_t chunk,
                             const std::vector<int>& summed, int64_t first_row, int device,
-                            uintptr_t stream) {
+                            uintptr_t stream, uintptr_t routine, uintptr_t gradient_routine,
+                            int registers) {
   ResidualNormBackward call{};
   if (!make_residual_norm_backward(
           {&program, rows, columns, inputs, residual, weight, bias, eps, threshold, seed, mean,
@@ -63,7 +64,7 @@ void residual_norm_backward(const Program& program, int64_t rows, int64_t column
     return;
   call.dropout.first_row = first_row;
   py::gil_scoped_release release;
-  cuda_residual_norm_backward(call, {device, stream});
+  cuda_residual_norm_backward(call, {routine, gradient_routine, registers}, {device, stream});
 }
 
 py::bytes routine(const Program& program, int registers, int64_t width) {
@@ -73,14 +74,28 @@ py::bytes routine(const Program& program, int registers, int64_t width) {
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("cuda_elementwise", &elementwise);
-  m.def("cuda_summed_elementwise", &summed_elementwise, py::arg(), py::arg(), py::arg(), py::arg(),
-        py::arg(), py::arg(), py::arg(), py::arg("device"), py::arg("stream"),
-        py::arg("routine") = 0, py::arg("registers") = 0);
-  m.def("cuda_residual_norm", &residual_norm);
-  m.def("cuda_residual_norm_backward", &residual_norm_backward);
-  m.def("cuda_routine", &routine, py::arg("program"), py::arg("registers"), py::arg("width") = -1,
-        "Bytes that cuda_summed_elementwise runs from device memory.");
+  const py::arg device("device"), stream("stream"), program("program"), rows("rows");
+  const py::arg columns("columns"), operands("operands"), inputs("inputs"), residual("residual");
+  const py::arg weight("weight"), bias("bias"), eps("eps"), threshold("threshold"), seed("seed");
+  const py::arg mean("mean"), rstd("rstd"), sums("sums"), chunk("chunk"), summed("summed");
+  const py::arg first_row("first_row");
+  const py::arg_v routine_0 = py::arg("routine") = 0, registers_0 = py::arg("registers") = 0;
+  m.def("cuda_elementwise", &elementwise, program, py::arg("size"), operands, device, stream);
+  m.def("cuda_summed_elementwise", &summed_elementwise, program, rows, columns, operands, sums,
+        chunk, summed, device, stream, routine_0, registers_0);
+  m.def("cuda_residual_norm", &residual_norm, program, rows, columns, inputs, residual, weight,
+        bias, eps, threshold, seed, mean, rstd, py::arg("y"), first_row, device, stream, routine_0,
+        registers_0);
+  m.def("cuda_residual_norm_backward", &residual_norm_backward, program, rows, columns, inputs,
+        residual, weight, bias, eps, threshold, seed, mean, rstd, py::arg("dy"),
+        py::arg("gradient"), py::arg("gradients"), py::arg("dresidual"), py::arg("added_to"), sums,
+        chunk, summed, first_row, device, stream, routine_0, py::arg("gradient_routine") = 0,
+        registers_0);
+  m.def("cuda_routine", &routine, program, py::arg("registers"), py::arg("width") = -1,
+        "Bytes of a program for device memory; the other functions run it instead of their own.");
+  m.def(
+      "cuda_takes", [](const Program& p) { return cuda_takes(p.code()); }, program,
+      "Whether the other functions take a program; they raise RuntimeError for a longer one.");
 }
 
 }  // namespace fastffn

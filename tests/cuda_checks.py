@@ -32,6 +32,11 @@ class Cuda:
     def program(self, program: Program):
         return self.module.Program(program.packed())
 
+    def routine(self, program: Program, registers: int, width: int = -1) -> Tensor:
+        """The bytes of a program in device memory."""
+        packed = self.module.cuda_routine(self.program(program), registers, width)
+        return torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(self.device)
+
     def where(self) -> tuple[int, int]:
         stream = 0 if self.device == "cpu" else torch.cuda.current_stream().cuda_stream
         return 0, stream
@@ -138,7 +143,7 @@ class Norm:
 
     expr: Expr
     inputs: dict[str, Tensor]
-    residual: Tensor
+    residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     dy: Tensor
@@ -147,50 +152,63 @@ class Norm:
     eps: float = 1e-5
     residual_of: str | None = None
 
-    def truth(self, kind: torch.dtype) -> dict[str, Tensor]:
-        """Value and gradients by torch; those that are row vectors are summed."""
-        leaves = {n: x.to(kind, copy=True).requires_grad_() for n, x in self.inputs.items()}
-        residual = leaves.get(self.residual_of)
-        if residual is None:
-            residual = leaves["residual"] = self.residual.to(kind, copy=True).requires_grad_()
-        affine = {"weight": self.weight, "bias": self.bias}
-        affine = {
-            n: x.to(kind, copy=True).requires_grad_() for n, x in affine.items() if x is not None
-        }
+    def truth(self, kind: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+        """Value and gradients by torch, and the row sum of the program's first gradient."""
+        leaves = {name: self.inputs[name] for name in self.expr.inputs}
+        others = {"residual": self.residual, "weight": self.weight, "bias": self.bias}
+        leaves.update({name: x for name, x in others.items() if x is not None})
+        leaves = {n: x.to(kind, copy=True).requires_grad_() for n, x in leaves.items()}
         e = reference.elementwise(self.expr, {n: leaves[n] for n in self.expr.inputs})
-        e = e.expand(self.dy.shape)
-        weight, bias = affine.get("weight"), affine.get("bias")
-        y = norm_reference.residual_norm(e, residual, weight, bias, self.eps, self.p, self.seed)
-        leaves.update(affine)
+        residual = leaves.get("residual", torch.zeros_like(e))
+        affine = leaves.get("weight"), leaves.get("bias")
+        y = norm_reference.residual_norm(e, residual, *affine, self.eps, self.p, self.seed)
         gradients = torch.autograd.grad(y, list(leaves.values()), self.dy.to(kind))
-        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+        results = dict(zip(leaves, gradients, strict=True))
+        first = results[self.expr.inputs[0]].sum(0)
+        if self.residual_of:
+            results[self.residual_of] = results[self.residual_of] + results.pop("residual")
+        return {"y": y.detach(), **results}, first
 
-    def run(self, cuda: Cuda, chunk: int, first_row: int = 0) -> dict[str, Tensor]:
-        """The same by the kernels, the gradients of the first input summed over the rows too."""
+    def run(
+        self, cuda: Cuda, chunk: int, first_row: int = 0, captured: Expr | None = None
+    ) -> dict[str, Tensor]:
+        """The same by the kernels, the gradients of the first input summed over the rows too.
+
+        Where `captured` is given, the call names its programs, and device memory those of `expr`.
+        """
         device, (rows, columns), dtype = cuda.device, self.dy.shape, self.dy.dtype
         inputs = [self.inputs[name].to(device) for name in self.expr.inputs]
-        residual, dy = self.residual.to(device), self.dy.to(device)
-        weight, bias = (x if x is None else x.to(device) for x in (self.weight, self.bias))
-        compute = compute_type(residual, *inputs)
+        others = (self.residual, self.weight, self.bias)
+        residual, weight, bias = (x if x is None else x.to(device) for x in others)
+        dy = self.dy.to(device)
+        compute = compute_type(dy, *inputs)
         mean, rstd = (poisoned((rows, 1), compute, device) for _ in range(2))
         y = poisoned(dy.shape, dtype, device)
         seed = torch.tensor([self.seed], device=device)
         threshold = norm_reference.threshold(self.p)
+        programs = forward_program(self.expr), backward_program(self.expr)
+        forward, backward = {}, {}
+        if captured:
+            routines = [cuda.routine(program, 8) for program in programs]
+            forward = {"routine": routines[0].data_ptr(), "registers": 8}
+            backward = {**forward, "gradient_routine": routines[1].data_ptr()}
+            programs = forward_program(captured), backward_program(captured)
         common = [
-            *(cuda.program(forward_program(self.expr)), rows, columns),
+            *(cuda.program(programs[0]), rows, columns),
             *([matrix(x) for x in inputs], matrix(residual), matrix(weight), matrix(bias)),
             *(self.eps, threshold, seed.data_ptr() if threshold else 0, matrix(mean), matrix(rstd)),
         ]
-        cuda.module.cuda_residual_norm(*common, matrix(y), first_row, *cuda.where())
+        cuda.module.cuda_residual_norm(*common, matrix(y), first_row, *cuda.where(), **forward)
         gradients = [poisoned(dy.shape, dtype, device) for _ in inputs]
-        alone = self.residual_of is None
+        alone = residual is not None and self.residual_of is None
         dresidual = poisoned(dy.shape, dtype, device) if alone else None
-        added_to = -1 if alone else self.expr.inputs.index(self.residual_of)
+        added_to = self.expr.inputs.index(self.residual_of) if self.residual_of else -1
         sums = poisoned((-(-rows // chunk), 3, columns), compute, device)
         cuda.module.cuda_residual_norm_backward(
-            *(*common, matrix(dy), cuda.program(backward_program(self.expr))),
+            *(*common, matrix(dy), cuda.program(programs[1])),
             *([matrix(x) for x in gradients], matrix(dresidual), added_to),
             *(sums.data_ptr(), chunk, [0], first_row, *cuda.where()),
+            **backward,
         )
         sums = sums.sum(0)
         results = {"y": y, **dict(zip(self.expr.inputs, gradients, strict=True))}
@@ -205,15 +223,14 @@ class Norm:
 
     def check(self, cuda: Cuda, chunk: int = 4) -> dict[str, Tensor]:
         """Runs twice: by the oracle rule, and twice the same bits."""
-        exact, same = self.truth(torch.float64), self.truth(self.dy.dtype)
+        (exact, exact_sum), (same, same_sum) = map(self.truth, (torch.float64, self.dy.dtype))
         if self.dy.shape[1] == 1:  # gradients are 0, and torch's are what is left of rounding
             exact = {name: x.where(x.abs() > 1e-12, 0) for name, x in exact.items()}
+            exact_sum = exact_sum.where(exact_sum.abs() > 1e-12, 0)
         results, again = self.run(cuda, chunk), self.run(cuda, chunk)
         assert results.keys() == exact.keys()
         for name, out in results.items():
             assert out.equal(again[name])
             assert_accurate(out, exact[name], same[name], f"{name} of {self.expr}")
-        first = self.expr.inputs[0]
-        want, usual = exact[first].sum(0), same[first].sum(0)
-        assert_accurate(self.first_summed, want, usual, f"sum of {first}")
+        assert_accurate(self.first_summed, exact_sum, same_sum, "sum of the first gradient")
         return results

@@ -138,6 +138,8 @@ def test_long_programs_and_many_registers(cuda, dtype):
     a = torch.linspace(-2, 2, 41, dtype=dtype)
     cuda_checks.elementwise(cuda, product(17), {"a": a}, torch.ones_like(a))
     long = backward_program(product(30))
+    assert cuda.module.cuda_takes(cuda.program(backward_program(product(17))))
+    assert not cuda.module.cuda_takes(cuda.program(long))
     with pytest.raises(RuntimeError, match="218 instructions, more than the 144"):
         cuda.elementwise(long, [a.to(cuda.device)] * 2, [a.to(cuda.device)])
 
@@ -208,10 +210,24 @@ def test_residual_norm_in_both_orders_of_the_threads(cuda, order, width):
     norm((11, width), torch.bfloat16, generator, "mul(swish(z), x)", "x", p=0.3).check(cuda, 5)
 
 
-def test_residual_norm_without_weight_and_bias(cuda):
-    case = norm((3, 20), torch.float32, torch.Generator().manual_seed(1))
-    case.weight = case.bias = None
-    case.check(cuda)
+def test_what_may_be_absent(cuda):
+    for absent in ("residual", "weight", "bias"):
+        case = norm((3, 20), torch.float32, torch.Generator().manual_seed(1), p=0.2)
+        setattr(case, absent, None)
+        case.check(cuda)
+
+
+def test_the_residual_is_no_part_of_the_sums(cuda):
+    """Of a gradient that the residual's is added to, the sum is that of the program alone."""
+    generator = torch.Generator().manual_seed(1)
+    norm((9, 70), torch.float32, generator, "mul(x, tanh(z))", "x", p=0.1).check(cuda)
+
+
+def test_dropout_keeps_nan(cuda):
+    case = norm((2, 40), torch.float32, torch.Generator().manual_seed(1), p=0.99)
+    case.inputs["z"][0, 3] = torch.nan
+    y = case.run(cuda, 4)["y"]
+    assert y[0].isnan().all() and not y[1].isnan().any()
 
 
 @pytest.mark.parametrize("width", [90, 2000])
@@ -248,8 +264,7 @@ def test_routines_in_device_memory(cuda):
     shape = (9, 100)
     z, x = (tensor(shape, torch.bfloat16, "dense", generator).to(cuda.device) for _ in range(2))
     captured = forward_program(Expr.parse("add(z, x)"))
-    size = len(cuda.module.cuda_routine(cuda.program(captured), 8))
-    memory = torch.zeros(size, dtype=torch.uint8, device=cuda.device)
+    memory = cuda.routine(captured, 8)
     out = cuda_checks.poisoned(shape, torch.bfloat16, cuda.device)
     sums = cuda_checks.poisoned((2, 1, 100), torch.float32, cuda.device)
 
@@ -259,8 +274,7 @@ def test_routines_in_device_memory(cuda):
     graph = None
     for text, width in (("mul(gelu(z), x)", 53), ("add(z, tanh(x))", 100), ("max(z, x)", 8)):
         expr = Expr.parse(text)
-        packed = cuda.module.cuda_routine(cuda.program(forward_program(expr)), 8, width)
-        memory.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        memory.copy_(cuda.routine(forward_program(expr), 8, width))
         if cuda.device == "cpu":
             launch()
         elif graph is None:
@@ -273,6 +287,13 @@ def test_routines_in_device_memory(cuda):
         want[:, width:] = 0
         torch.testing.assert_close(out.float(), want, rtol=2**-7, atol=1e-6)
         torch.testing.assert_close(sums.sum((0, 1)), want.sum(0), rtol=1e-5, atol=1e-4)
-    many = cuda.program(backward_program(product(17)))
-    with pytest.raises(RuntimeError, match="registers where there is place for 8"):
-        cuda.module.cuda_routine(many, 8)
+    with pytest.raises(RuntimeError, match="55 registers where there is place for 8"):
+        cuda.routine(backward_program(product(17)), 8)
+
+
+def test_routines_of_the_row_kernel_in_device_memory(cuda):
+    generator = torch.Generator().manual_seed(0)
+    case = norm((9, 100), torch.bfloat16, generator, "mul(gelu(z), x)", "x", p=0.1)
+    wanted = case.run(cuda, 4)
+    results = case.run(cuda, 4, captured=Expr.parse("add(z, x)"))
+    assert all(results[name].equal(x) for name, x in wanted.items())

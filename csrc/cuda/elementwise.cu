@@ -37,7 +37,7 @@ struct Divisor {
 
 struct ElementwiseArguments {
   Elementwise call;
-  Routine routine;
+  RoutineSource routine;
   Divisor size[kMaxDims - 1];  // of the outer dimensions
   Divisor groups_per_row;      // of kLanes elements along the innermost dimension
   int64_t groups;
@@ -98,7 +98,7 @@ void cuda_elementwise(const Elementwise& call, const Place& place) {
   const OnDevice current(place.device);
   ElementwiseArguments arguments{};
   arguments.call = call;
-  arguments.routine = make_routine(*call.code);
+  arguments.routine = routine_source(*call.code, 0, 0);
   arguments.groups = (call.size[call.dims - 1] + kLanes - 1) / kLanes;
   arguments.groups_per_row = Divisor::of(arguments.groups);
   for (int d = 0; d + 1 < call.dims; ++d) {

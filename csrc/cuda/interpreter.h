@@ -20,22 +20,29 @@ struct Place {
   uintptr_t stream;  // a cudaStream_t
 };
 
-// A Routine (routine.h) in device memory that stands for the call's program: a captured graph then
-// replays for whatever program is written there. address null: none.
-struct DeviceRoutine {
-  uintptr_t address;  // a multiple of 16
-  int registers;      // the most that any routine written there has
+// Routines (routine.h) in device memory that stand for the call's programs, whose numbers of inputs
+// and outputs they have: a captured graph then replays for whatever is written there. Addresses are
+// multiples of 16; 0: the call's own program.
+struct DeviceRoutines {
+  uintptr_t program;
+  uintptr_t gradient;  // of the row kernel's backward
+  int registers;       // the most that any routine written there has
 };
 
-void cuda_elementwise(const Elementwise& call, const Place& place);
-void cuda_summed_elementwise(const SummedElementwise& call, const DeviceRoutine& routine,
-                             const Place& place);
-void cuda_residual_norm(const ResidualNormForward& call, const Place& place);
-void cuda_residual_norm_backward(const ResidualNormBackward& call, const Place& place);
+// Whether every function here takes the program, in any type on any device.
+bool cuda_takes(const Code& code);
 
-// The bytes of a Routine, to be written into device memory. Columns from `width` on (-1: none) are
-// not computed but stored as 0. Throws std::runtime_error if the program is longer than a Routine
-// or has more than `registers`.
+void cuda_elementwise(const Elementwise& call, const Place& place);
+void cuda_summed_elementwise(const SummedElementwise& call, const DeviceRoutines& routines,
+                             const Place& place);
+void cuda_residual_norm(const ResidualNormForward& call, const DeviceRoutines& routines,
+                        const Place& place);
+void cuda_residual_norm_backward(const ResidualNormBackward& call, const DeviceRoutines& routines,
+                                 const Place& place);
+
+// The bytes of a Routine, to be written into device memory. In cuda_summed_elementwise, columns
+// from `width` on (-1: none) are not computed but stored as 0. Throws std::runtime_error if the
+// program is longer than a Routine or has more than `registers`.
 std::string cuda_routine(const Code& code, int registers, int64_t width);
 
 }  // namespace fastffn

@@ -160,10 +160,11 @@ __device__ __forceinline__ void run(int word, Registers<T> registers) {
 
 // Copies a routine into shared memory, where the index of an instruction need not be known to the
 // compiler, and ends with a barrier.
-__device__ __forceinline__ const Routine& copy_routine(int word, const Routine& from) {
+__device__ __forceinline__ const Routine& copy_routine(int word, const RoutineSource& source) {
+  const Routine& from = source.address ? *source.address : source.value;
   const int bytes = static_cast<int>(offsetof(Routine, steps)) + from.length * sizeof(Step);
-  const uint4* source = reinterpret_cast<const uint4*>(&from);
-  for (int i = threadIdx.x; i * 16 < bytes; i += blockDim.x) shared_memory[word + i] = source[i];
+  const uint4* words = reinterpret_cast<const uint4*>(&from);
+  for (int i = threadIdx.x; i * 16 < bytes; i += blockDim.x) shared_memory[word + i] = words[i];
   __syncthreads();
   return routine_at(word);
 }

@@ -14,7 +14,7 @@ constexpr int64_t kMaxBlocks = 4096;
 
 struct ForwardArguments {
   ResidualNormForward call;
-  Routine routine;
+  RoutineSource routine;
   int lanes;
   bool keep;
 };
@@ -29,12 +29,13 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<T> / 2)
   const Routine& routine = copy_routine(0, arguments.routine);
   const Registers<T> registers{kRoutineWords + kScratchWords + static_cast<int>(threadIdx.x),
                                static_cast<int>(blockDim.x)};
-  const int other = routine.registers, kept = other + kOthers;
+  const int other = arguments.routine.registers, kept = other + kOthers;
   const int lanes = arguments.lanes;
   const Team<T> team{lanes, reinterpret_cast<T*>(shared_memory + kRoutineWords)};
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int teams = static_cast<int>(blockDim.x) / lanes;
   const Mask<T> mask(call.dropout);
+  const uint32_t added = call.residual.data ? 1 : 0;
   const uint32_t affine = (call.weight.data ? 1u : 0u) | (call.bias.data ? 2u : 0u);
 
   for (int64_t row = blockIdx.x * int64_t{teams} + threadIdx.x / lanes; row < call.rows;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<T> / 2)
         const int n = lanes_left(call.columns, column);
         T s[kLanes];
         if (pass == 0 || !arguments.keep) {
-          load_all(registers, routine.inputs + 1, routine.read | 1u << routine.inputs, n,
+          load_all(registers, routine.inputs + 1, routine.read | added << routine.inputs, n,
                    [&](int k) {
                      return k < routine.inputs ? locate(call.inputs[k], row, column, k)
                                                : locate(call.residual, row, column, other);
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<T> / 2)
           T residual[kLanes];
           registers.read(other, residual);
 #pragma unroll
-          for (int j = 0; j < kLanes; ++j) s[j] += residual[j];
+          for (int j = 0; j < kLanes; ++j) s[j] += added ? residual[j] : T(0);
           if (arguments.keep) registers.write(static_cast<int>(slot), s);
         } else {
           registers.read(static_cast<int>(slot), s);
@@ -120,11 +121,12 @@ void launch_forward(ForwardArguments& arguments, const Place& place) {
 
 }  // namespace
 
-void cuda_residual_norm(const ResidualNormForward& call, const Place& place) {
+void cuda_residual_norm(const ResidualNormForward& call, const DeviceRoutines& routines,
+                        const Place& place) {
   const OnDevice current(place.device);
   ForwardArguments arguments{};
   arguments.call = call;
-  arguments.routine = make_routine(*call.program);
+  arguments.routine = routine_source(*call.program, routines.program, routines.registers);
   call.in_double ? launch_forward<double>(arguments, place)
                  : launch_forward<float>(arguments, place);
 }

@@ -18,8 +18,8 @@ using namespace device;
 
 struct BackwardArguments {
   ResidualNormBackward call;
-  Routine program;
-  Routine gradient;
+  RoutineSource program;
+  RoutineSource gradient;
   int lanes;
   int groups;  // of a thread
   bool keep;
@@ -92,12 +92,15 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const Registers<T> registers{kFirstPack + static_cast<int>(threadIdx.x),
                                static_cast<int>(blockDim.x)};
   const int lanes = arguments.lanes, groups = arguments.groups;
-  const int other = max(program.registers, gradient.registers), kept = other + kOthers;
+  const int other = max(arguments.program.registers, arguments.gradient.registers),
+            kept = other + kOthers;
   const Team<T> team{lanes, reinterpret_cast<T*>(shared_memory + 2 * kRoutineWords)};
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int teams = static_cast<int>(blockDim.x) / lanes;
   const Mask<T> mask(call.dropout);
   const int count = 2 + call.summed_count;
+  const uint32_t others = (call.residual.data ? 1u << kResidual : 0) | 1u << kDy |
+                          (call.weight.data ? 1u << kWeight : 0);
   const bool in_registers = arguments.keep && lanes == kWarp;
   const Sums<T> sums{registers, in_registers ? kept + groups : -1, count,
                      reinterpret_cast<T*>(call.sums) + blockIdx.x * count * call.columns,
@@ -126,7 +129,6 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                                        : call.weight,
                         row, column, other + k);
         };
-        const uint32_t others = call.weight.data ? 7u : 3u;
         T x[kLanes];
         if (pass == 0 || !arguments.keep) {
           load_all(
@@ -140,14 +142,17 @@ __global__ void __launch_bounds__(kRowThreads, 1)
           T residual[kLanes];
           registers.read(other + kResidual, residual);
 #pragma unroll
-          for (int j = 0; j < kLanes; ++j) x[j] = j < n ? (x[j] + residual[j] - mean) * rstd : T(0);
+          for (int j = 0; j < kLanes; ++j) {
+            if (call.residual.data) x[j] += residual[j];
+            x[j] = j < n ? (x[j] - mean) * rstd : T(0);
+          }
           if (arguments.keep) registers.write(kept + group, x);
         } else {
           registers.read(kept + group, x);
         }
         if (pass == 1) {  // the gradient's input 0 is computed here
           load_all(registers, kOthers + program.inputs,
-                   (others & ~1u) | gradient.read >> 1 << kOthers, n, [&](int k) {
+                   (others & ~(1u << kResidual)) | gradient.read >> 1 << kOthers, n, [&](int k) {
                      return k < kOthers
                                 ? place(k)
                                 : locate(call.inputs[k - kOthers], row, column, k - kOthers + 1);
@@ -186,16 +191,16 @@ __global__ void __launch_bounds__(kRowThreads, 1)
           T v[kLanes];
           registers.read(last ? 0 : gradient.results[k], v);
 #pragma unroll
-          for (int j = 0; j < kLanes; ++j) {
-            if (last) v[j] = T(0);
-            if (last || k == call.added_to) v[j] += ds[j];
-            if (j >= n) v[j] = T(0);
-          }
-          const Located to = locate(last ? call.dresidual : call.gradients[k], row, column, 0);
-          store(v, to.data, to.dtype, to.offset, to.stride, n);
+          for (int j = 0; j < kLanes; ++j) v[j] = last || j >= n ? T(0) : v[j];
           for (int s = 0; s < call.summed_count; ++s)
             if (!last && call.summed[s] == k)
               sums.add(2 + s, group, column, v, n, row == first_row);
+          if (last || k == call.added_to) {
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) v[j] += ds[j];
+          }
+          const Located to = locate(last ? call.dresidual : call.gradients[k], row, column, 0);
+          store(v, to.data, to.dtype, to.offset, to.stride, n);
         }
       }
       if (pass == 0) {
@@ -228,12 +233,13 @@ void launch_backward(BackwardArguments& arguments, const Place& place) {
 
 }  // namespace
 
-void cuda_residual_norm_backward(const ResidualNormBackward& call, const Place& place) {
+void cuda_residual_norm_backward(const ResidualNormBackward& call, const DeviceRoutines& routines,
+                                 const Place& place) {
   const OnDevice current(place.device);
   BackwardArguments arguments{};
   arguments.call = call;
-  arguments.program = make_routine(*call.program);
-  arguments.gradient = make_routine(*call.gradient);
+  arguments.program = routine_source(*call.program, routines.program, routines.registers);
+  arguments.gradient = routine_source(*call.gradient, routines.gradient, routines.registers);
   call.in_double ? launch_backward<double>(arguments, place)
                  : launch_backward<float>(arguments, place);
 }

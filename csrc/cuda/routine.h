@@ -13,6 +13,10 @@ namespace fastffn {
 // Two routines and the operands of the row kernel fit the 4 KB of a kernel's parameters.
 constexpr int kMaxSteps = 144;
 
+// With so many registers in double, a warp of the row kernel fits the smallest shared memory of a
+// block (163 KB, sm_80).
+constexpr int kSafeRegisters = 64;
+
 // One instruction in 8 bytes.
 struct alignas(8) Step {
   uint8_t opcode;
@@ -29,6 +33,13 @@ struct alignas(16) Routine {
   uint32_t read;  // bit k: input k is read at all
   uint8_t results[kMaxOperands];
   Step steps[kMaxSteps];
+};
+
+// The routine of a call: by value, or in device memory.
+struct RoutineSource {
+  Routine value;
+  const Routine* address;  // null: `value`
+  int registers;           // of the routine, at most
 };
 
 // Throws std::runtime_error if the program is too long.
@@ -62,6 +73,12 @@ inline Routine make_routine(const Code& code) {
     mark(code.results[k]);
   }
   return routine;
+}
+
+// `address` and `registers` as in DeviceRoutines.
+inline RoutineSource routine_source(const Code& code, uintptr_t address, int registers) {
+  if (address) return {{}, reinterpret_cast<const Routine*>(address), registers};
+  return {make_routine(code), nullptr, code.registers};
 }
 
 }  // namespace fastffn

@@ -78,7 +78,7 @@ struct Team {
 };
 constexpr int kScratchWords = 2 * kRowThreads / kWarp * sizeof(double) / sizeof(uint4);
 
-// Dropout of kLanes columns of a row: each is multiplied by a factor or becomes 0.
+// Dropout of kLanes columns of a row: each is multiplied by a factor or by 0.
 template <class T>
 struct Mask {
   uint32_t threshold;
@@ -106,8 +106,8 @@ struct Mask {
                          static_cast<uint32_t>(row >> 32), 0};
     philox(words, key[0], key[1]);
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j)
-      v[j] = (words[j / 2] >> (j % 2 * 16) & 0xffffu) >= threshold ? v[j] * scale : T(0);
+    for (int j = 0; j < kLanes; ++j)  // a dropped NaN stays one, as in torch
+      v[j] *= (words[j / 2] >> (j % 2 * 16) & 0xffffu) >= threshold ? scale : T(0);
   }
 };
 

@@ -24,9 +24,7 @@ constexpr int kStrip = 32;
 
 struct SummedArguments {
   SummedElementwise call;
-  Routine routine;
-  const Routine* source;  // in device memory, or null: `routine`
-  int registers;          // of the routine, at most
+  RoutineSource routine;
   int strips;
   int lanes;  // threads of a team
 };
@@ -39,11 +37,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     summed_kernel(const __grid_constant__ SummedArguments arguments) {
   const SummedElementwise& call = arguments.call;
-  const Routine& routine =
-      copy_routine(0, arguments.source ? *arguments.source : arguments.routine);
+  const Routine& routine = copy_routine(0, arguments.routine);
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const Registers<T> registers{kRoutineWords + thread, threads};
-  const int sums = arguments.registers;  // the register of the first sum
+  const int sums = arguments.routine.registers;  // the register of the first sum
   const T zeros[kLanes] = {};
   for (int s = 0; s < call.summed_count; ++s) registers.write(sums + s, zeros);
 
@@ -109,7 +106,7 @@ void launch_summed(SummedArguments& arguments, const Place& place) {
   arguments.strips = static_cast<int>((groups + kStrip - 1) / kStrip);
   arguments.lanes = static_cast<int>((groups + arguments.strips - 1) / arguments.strips);
   const auto bytes = [&](int threads) {
-    const int registers = arguments.registers + call.summed_count;
+    const int registers = arguments.routine.registers + call.summed_count;
     return sizeof(Routine) + registers * Registers<T>::kBytes * threads;
   };
   const int threads = choose_threads(kThreads, place.device, bytes);
@@ -119,15 +116,17 @@ void launch_summed(SummedArguments& arguments, const Place& place) {
 
 }  // namespace
 
-void cuda_summed_elementwise(const SummedElementwise& call, const DeviceRoutine& routine,
+void cuda_summed_elementwise(const SummedElementwise& call, const DeviceRoutines& routines,
                              const Place& place) {
   const OnDevice current(place.device);
   SummedArguments arguments{};
   arguments.call = call;
-  arguments.routine = make_routine(*call.program);
-  arguments.source = reinterpret_cast<const Routine*>(routine.address);
-  arguments.registers = arguments.source ? routine.registers : arguments.routine.registers;
+  arguments.routine = routine_source(*call.program, routines.program, routines.registers);
   call.in_double ? launch_summed<double>(arguments, place) : launch_summed<float>(arguments, place);
+}
+
+bool cuda_takes(const Code& code) {
+  return code.length <= kMaxSteps && code.registers <= kSafeRegisters;
 }
 
 std::string cuda_routine(const Code& code, int registers, int64_t width) {
