@@ -40,7 +40,8 @@ from . import codegen, linear_source, tiles
 from .linear_operands import (
     DTYPES,
     INT32_MAX,
-    aligned,
+    misalignment,
+    moved,
     precision,
     readable,
     strides,
@@ -55,13 +56,25 @@ _REMEMBERED = 4096
 _GROUP = 8  # tiles of rows that walk all columns together
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """All of a launch but the tensors; `shifts`: (position, elements) of those to be moved back."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    numbers: tuple[int, ...]
+    constants: dict[str, object]
+    shifts: tuple[tuple[int, int], ...]
+
+
 class _Linear:
-    """The kernels of one Program, by form."""
+    """The kernels of one Program, by form, and its launches, by what they depend on."""
 
     def __init__(self, program: Program):
         self.program = program
         self.live = codegen.live_inputs(program)
         self.kernels: dict[linear_source.Form, object] = {}
+        self.prepared: dict[tuple, _Prepared | None] = {}
 
     def kernel(self, form: linear_source.Form):
         if form not in self.kernels:
@@ -120,10 +133,11 @@ class _Operand:
     """A matrix as the kernel sees it.
 
     Attributes:
-        tensor: moved back by `shift` elements to an aligned address.
+        tensor: as the caller gave it.
         letter: its dense direction.
         strides: of rows and columns.
         pitch: the stride across the dense direction; 0 if there is none.
+        shift: how many elements to move it back to an aligned address.
     """
 
     tensor: torch.Tensor
@@ -138,8 +152,7 @@ class _Operand:
         letter, pitch = (along_columns, row) if column == 1 else (along_rows, column)
         if letter == "g" or (column != 1 and row != 1):
             return cls(tensor, "g", (row, column), 0, 0)
-        moved, shift = aligned(tensor)
-        return cls(moved, letter, (row, column), pitch, shift)
+        return cls(tensor, letter, (row, column), pitch, misalignment(tensor))
 
     def numbers(self, V: int) -> tuple[int, ...]:
         return self.strides if self.letter == "g" else (self.pitch // V,)
@@ -158,25 +171,13 @@ def _vector(operands: list[_Operand], *numbers: int) -> int:
     return vector([x.tensor for x in operands], *divisors, *numbers)
 
 
-def plan(
-    a: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    program: Program,
-    extras: list[torch.Tensor],
-    outputs: list[torch.Tensor],
-    sums: torch.Tensor | None = None,
-    summed: tuple[int, ...] = (),
-) -> Launch | None:
-    """The launch that `run` would make; None where there is nothing to compute.
-
-    Raises:
-        ValueError: operands of the wrong number, shape or type.
-    """
+def _prepare(
+    linear: _Linear, a, weights, biases, program, extras, outputs, sums, summed
+) -> _Prepared | None:
+    """What `plan` remembers of one kind of operands; None where there is nothing to compute."""
     M, N, K = _check(a, weights, biases, program, extras, outputs, sums, summed)
     if M == 0 or N == 0:
         return None
-    linear = _linear(program)
     live = [extras[i - len(weights)] for i in linear.live if i >= len(weights)]
     left = _Operand.of(a, "k")
     rights = [_Operand.of(w.t(), "k", "n") for w in weights]
@@ -213,7 +214,7 @@ def plan(
         even=N % tile.columns == 0,
         shifted=frozenset(n for n, x in zip(names, operands, strict=True) if x.shift),
         halvings=tile.halvings,
-        aliased=bool({x.data_ptr() for x in live} & {x.data_ptr() for x in outputs}),
+        aliased=_share_memory(extras, outputs),
     )
 
     divisors = [VA, *(VW for _ in rights), *(V for _ in matrices)]
@@ -225,8 +226,12 @@ def plan(
     numbers += [
         (x.shift // divisor,) for x, divisor in zip(operands, divisors, strict=True) if x.shift
     ]
-    tensors = [x.tensor for x in operands]
-    tensors[extras_at:extras_at] = given
+    behind = len(given)  # the biases stand before the extras
+    shifts = tuple(
+        (at + (behind if at >= extras_at else 0), x.shift)
+        for at, x in enumerate(operands)
+        if x.shift
+    )
     reach = max(
         left.reach(tile.rows, tile.depth),
         *(x.reach(tile.columns, tile.depth) for x in rights),
@@ -249,8 +254,64 @@ def plan(
         "num_stages": tile.stages,
     }
     grid = (tiles.ceil_div(M, tile.rows) * tiles.ceil_div(N, tile.columns),)
-    arguments = [*tensors, *([sums] if summed else []), *itertools.chain(*numbers), M]
-    return Launch(linear.kernel(form), grid, tuple(arguments), constants)
+    numbers = (*itertools.chain(*numbers), M)
+    return _Prepared(linear.kernel(form), grid, numbers, constants, shifts)
+
+
+def _share_memory(extras: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    return bool({x.data_ptr() for x in extras} & {x.data_ptr() for x in outputs})
+
+
+def _signature(tensor: torch.Tensor) -> tuple:
+    """What a launch depends on, of an operand."""
+    address = tensor.data_ptr() % tiles.VECTOR_BYTES
+    start = tensor.storage_offset() if address else 0
+    return tensor.shape, tensor.stride(), tensor.dtype, address, start
+
+
+def plan(
+    a: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    program: Program,
+    extras: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    sums: torch.Tensor | None = None,
+    summed: tuple[int, ...] = (),
+) -> Launch | None:
+    """The launch that `run` would make; None where there is nothing to compute.
+
+    Raises:
+        ValueError: operands of the wrong number, shape or type.
+    """
+    linear = _linear(program)
+    given = [b for b in biases if b is not None]
+    key = (
+        tuple(_signature(x) for x in (a, *weights, *given, *extras, *outputs)),
+        tuple((w.storage_offset(), w.untyped_storage().nbytes()) for w in weights),
+        tuple(b is None for b in biases),
+        sums is not None and (sums.shape, sums.stride(), sums.dtype),
+        tuple(summed),
+        len(outputs),
+        precision(a.dtype),
+        _share_memory(extras, outputs),
+    )
+    if key not in linear.prepared:
+        if len(linear.prepared) >= _REMEMBERED:
+            linear.prepared.clear()
+        linear.prepared[key] = _prepare(
+            linear, a, weights, biases, program, extras, outputs, sums, summed
+        )
+    found = linear.prepared[key]
+    if found is None:
+        return None
+    live = [extras[i - len(weights)] for i in linear.live if i >= len(weights)]
+    tensors = [a, *weights, *given, *live, *outputs]
+    for at, shift in found.shifts:
+        tensors[at] = moved(tensors[at], shift)
+    if summed:
+        tensors.append(sums)
+    return Launch(found.kernel, found.grid, (*tensors, *found.numbers), found.constants)
 
 
 def run(

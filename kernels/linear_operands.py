@@ -31,17 +31,21 @@ def vector(tensors: list[torch.Tensor], *numbers: int) -> int:
     return math.gcd(*numbers, tiles.VECTOR_BYTES // min(x.element_size() for x in tensors))
 
 
-def aligned(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """`tensor` moved back to an address that is a multiple of 16 bytes, and by how many elements.
+def misalignment(tensor: torch.Tensor) -> int:
+    """By how many elements to move `tensor` back to an address that 16 divides; 0 if impossible.
 
     Triton knows of an address whether 16 divides it, and nothing else: without this, the second
     half of rows of 2 x 540 items would be read one item at a time.
     """
     shift = tensor.data_ptr() % tiles.VECTOR_BYTES // tensor.element_size()
-    start = tensor.storage_offset() - shift
-    if shift == 0 or start < 0:
-        return tensor, 0
-    return tensor.as_strided(tensor.shape, tensor.stride(), start), shift
+    return shift if shift <= tensor.storage_offset() else 0
+
+
+def moved(tensor: torch.Tensor, shift: int) -> torch.Tensor:
+    """`tensor` moved back by `shift` elements."""
+    if shift == 0:
+        return tensor
+    return tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - shift)
 
 
 def readable(tensor: torch.Tensor, pitch: int, width: int) -> int:

@@ -22,7 +22,8 @@ from . import tiles
 from .linear_operands import (
     DTYPES,
     INT32_MAX,
-    aligned,
+    misalignment,
+    moved,
     precision,
     readable,
     strides,
@@ -93,11 +94,11 @@ class _Rows(NamedTuple):
         row, column = strides(tensor)
         if column != 1:
             return cls(tensor, row, column, 0, 1, tensor.shape[1])
-        moved, shift = aligned(tensor)
+        shift = misalignment(tensor)
         V = vector([tensor], row, shift)
         reach = readable(tensor, row, V)
         V = math.gcd(V, reach)
-        return cls(moved, row // V, column, shift // V, V, reach)
+        return cls(moved(tensor, shift), row // V, column, shift // V, V, reach)
 
 
 def plan_weight_gradient(dz: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> Launch | None:
