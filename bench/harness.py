@@ -4,20 +4,28 @@ Machines are noisy and drift, so a figure is the ratio of medians over rounds in
 contender ran once, in random order. The medians, the ratios, what the first call cost
 (compilation) and the conditions stand in pytest-benchmark's file as extra_info, which
 `python -m bench report` turns into a table; pytest-benchmark's own columns time fastffn alone.
+
+The floor of a case is what the machine cannot go below: its bytes over the bandwidth of a copy, or
+its FLOPs over the rate of a large matrix product, both measured in the same process.
 """
 
 import ctypes
+import functools
+import math
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastffn.ops.matmul import linear
+
 Work = Callable[[], Tensor | tuple[Tensor, ...]]
+_CUDA_SECONDS = 1e-3  # on a GPU, calls are repeated between two events for about so long
 
 
 @dataclass
@@ -45,16 +53,83 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(work: Work, repeat: int = 1) -> float:
+    """Seconds of one call. On a GPU of `repeat` calls in a row, by events: without the launches,
+    as far as these keep ahead of the device."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeat):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeat
 
 
-def timed(work: Work) -> float:
+def first_call(work: Work) -> float:
+    """Seconds by the clock, with everything that the first call makes ready."""
     start = time.perf_counter()
     work()
-    synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+@functools.cache
+def bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of copying 256 MiB."""
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+    seconds = min(timed(lambda: target.copy_(source), 10) for _ in range(10))
+    return 2 * source.nbytes / seconds
+
+
+@functools.cache
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product, by the library that `ffn` uses."""
+    size = 4096 if device == "cuda" else 1024
+    x, w = (torch.zeros(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: linear(x, w), 10) for _ in range(10))
+
+
+def floor_seconds(device: str, dtype: torch.dtype, traffic: int = 0, flops: int = 0) -> float:
+    """The larger of both floors of a case that moves `traffic` bytes and does `flops`."""
+    return max(traffic / bandwidth(device), flops / product_rate(device, dtype) if flops else 0.0)
+
+
+def works_of(
+    functions: Mapping[str, Callable], inputs: Sequence[Tensor], grad: Tensor | None
+) -> dict[str, Work]:
+    """Per contender: its outputs, or, with a gradient of the output, its inputs' gradients."""
+
+    def work(function: Callable) -> Work:
+        def forward():
+            with torch.no_grad():
+                return function(*inputs)
+
+        def training():
+            return torch.autograd.grad(function(*inputs), inputs, grad)
+
+        return forward if grad is None else training
+
+    return {name: work(function) for name, function in functions.items()}
+
+
+def modes(device: str) -> list[str | None]:
+    """Of torch.compile, to compare with."""
+    return [None] if device == "cpu" else [None, "max-autotune"]
+
+
+def compiled(function: Callable, device: str) -> dict[str, Callable]:
+    """torch.compile of `function` in each mode, by name."""
+    return {
+        f"torch.compile{f' {mode}' if mode else ''}": torch.compile(function, mode=mode)
+        for mode in modes(device)
+    }
 
 
 def check_outputs(works: Mapping[str, Work], exact: Work, baseline: str = "eager") -> None:
@@ -79,7 +154,9 @@ def check_outputs(works: Mapping[str, Work], exact: Work, baseline: str = "eager
             assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
 
 
-def interleave(benchmark, works: Mapping[str, Work], ours: str, seconds: float = 2.0) -> None:
+def interleave(
+    benchmark, works: Mapping[str, Work], ours: str, seconds: float = 2.0, floor: float = 0.0
+) -> None:
     """Times all `works` in turn, round by round, and notes the result as extra_info.
 
     Args:
@@ -87,16 +164,21 @@ def interleave(benchmark, works: Mapping[str, Work], ours: str, seconds: float =
         works: contenders by name.
         ours: the one whose ratio to the others is reported (above 1: it is faster).
         seconds: about how long the rounds together may take.
+        floor: seconds that no contender can go below, see `floor_seconds`; 0: unknown.
     """
     keep_freed_memory()
-    times = {name: Timing(timed(work), []) for name, work in works.items()}
-    once = sum(min(timed(work) for _ in range(3)) for work in works.values())
-    rounds = max(9, min(200, int(seconds / once)))
+    times = {name: Timing(first_call(work), []) for name, work in works.items()}
+    once = {name: min(timed(work) for _ in range(3)) for name, work in works.items()}
+    repeat = dict.fromkeys(works, 1)
+    if torch.cuda.is_available():
+        repeat = {name: max(1, math.ceil(_CUDA_SECONDS / once[name])) for name in works}
+    total = sum(once[name] * repeat[name] for name in works)
+    rounds = max(9, min(200, int(seconds / total)))
     order, shuffle = list(works), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)  # everyone follows everyone else as often, and finds the caches they leave
         for name in order:
-            times[name].rounds.append(timed(works[name]))
+            times[name].rounds.append(timed(works[name], repeat[name]))
     benchmark.pedantic(works[ours], rounds=5)
     rivals = [name for name in works if name != ours]
     benchmark.extra_info.update(
@@ -106,3 +188,16 @@ def interleave(benchmark, works: Mapping[str, Work], ours: str, seconds: float =
         rounds=rounds,
         threads=torch.get_num_threads(),
     )
+    if floor:
+        benchmark.extra_info["floor"] = {"ms": 1e3 * floor, "share": floor / times[ours].median}
+    if torch.cuda.is_available():
+        benchmark.extra_info["peak_mib"] = {name: _peak(work) for name, work in works.items()}
+
+
+def _peak(work: Work) -> float:
+    """MiB that one call allocates on the GPU beyond what was there, at its highest."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -19,14 +19,29 @@ from fastffn.functional import elementwise
 from fastffn.ops import reference
 
 from .expressions import EXPRESSIONS
-from .harness import check_outputs, interleave
+from .harness import check_outputs, compiled, floor_seconds, interleave, works_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def contenders(expr: Expr, modes: list[str | None]):
-    """Functions of the input tensors: fastffn, eager, torch.compile in each mode."""
+# Rows and columns: EfficientBERT's widths and those of a small BERT, short and long.
+SIZES = [(8192, 540), (8192, 180), (1024, 540), (1024, 270), (1024, 1536), (128, 540), (128, 384)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("operations", EXPRESSIONS)
+def test_elementwise(benchmark, operations, direction, size, dtype, device):
+    torch._dynamo.reset()
+    expr = Expr.parse(EXPRESSIONS[operations])
     names = expr.inputs
+    backward = direction != "forward"
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(size, generator=generator) for _ in names]
+    inputs = [x.to(device, dtype).requires_grad_(backward) for x in inputs]
+    grad = torch.randn(size, generator=generator).to(device, dtype) if backward else None
 
     def eager(*tensors):
         return reference.elementwise(expr, dict(zip(names, tensors, strict=True)))
@@ -34,44 +49,14 @@ def contenders(expr: Expr, modes: list[str | None]):
     def fused(*tensors):
         return elementwise(expr, **dict(zip(names, tensors, strict=True)))
 
-    compiled = {
-        f"torch.compile{f' {mode}' if mode else ''}": torch.compile(eager, mode=mode)
-        for mode in modes
-    }
-    return {"fastffn": fused, "eager": eager, **compiled}
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("width", [540, 180])
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("operations", EXPRESSIONS)
-def test_elementwise(benchmark, operations, direction, width, dtype, device):
-    torch._dynamo.reset()
-    expr = Expr.parse(EXPRESSIONS[operations])
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(8192, width, generator=generator) for _ in expr.inputs]
-    backward = direction != "forward"
-    inputs = [x.to(device, dtype).requires_grad_(backward) for x in inputs]
-    grad = torch.randn(8192, width, generator=generator).to(device, dtype)
-
-    def work(function, inputs=inputs, grad=grad):
-        if not backward:
-            return lambda: function(*inputs)
-        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
-
-    functions = contenders(expr, [None] if device == "cpu" else [None, "max-autotune"])
-    works = {name: work(function) for name, function in functions.items()}
-    exact = work(
-        functions["eager"],
-        [x.detach().double().requires_grad_(backward) for x in inputs],
-        grad.double(),
-    )
+    works = works_of({"fastffn": fused, "eager": eager, **compiled(eager, device)}, inputs, grad)
+    wide = [x.detach().double().requires_grad_(backward) for x in inputs]
+    exact = works_of({"exact": eager}, wide, grad.double() if backward else None)["exact"]
     check_outputs(works, exact)
-    benchmark.group = (
-        f"{operations} operations, {direction}, {tuple(grad.shape)}, {dtype}, {device}"
-    )
-    interleave(benchmark, works, "fastffn")
+    moved = (len(names) + 1) + (2 * len(names) + 1 if backward else 0)
+    floor = floor_seconds(device, dtype, moved * inputs[0].nbytes)
+    benchmark.group = f"{operations} operations, {direction}, {size}, {dtype}, {device}"
+    interleave(benchmark, works, "fastffn", 1.0, floor)
 
 
 def unseen_expressions(seed: int = 0):

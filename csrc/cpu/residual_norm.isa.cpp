@@ -21,23 +21,19 @@ using fastffn::ResidualNorm;
 using fastffn::ResidualNormBackward;
 using fastffn::ResidualNormForward;
 
-// Independent partial sums: one accumulator would wait for each addition.
-constexpr int64_t kWays = 64;
-
+// Half a row at a time into sums of their own: one accumulator would wait for each addition.
 template <class T, class F>
 T sum_of(int64_t n, F term) {
-  T partial[kWays] = {};
-  const int64_t strips = n & -kWays;
-  for (int64_t at = 0; at < strips; at += kWays) {
-#pragma omp simd
-    for (int64_t i = 0; i < kWays; ++i) partial[i] += term(at + i);
+  const int64_t half = n / 2 & -kLanes;
+  T low = 0, high = 0, rest = 0;
+#pragma omp simd reduction(+ : low, high)
+  for (int64_t i = 0; i < half; ++i) {
+    low += term(i);
+    high += term(half + i);
   }
-#pragma omp simd
-  for (int64_t i = 0; i < n - strips; ++i) partial[i] += term(strips + i);
-  for (int64_t half = kWays / 2; half >= 1; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) partial[i] += partial[i + half];
-  }
-  return partial[0];
+#pragma omp simd reduction(+ : rest)
+  for (int64_t i = 2 * half; i < n; ++i) rest += term(i);
+  return low + high + rest;
 }
 
 // Random bits of a row, 16 a column, as random.h says. `bits` has room for a multiple of 128.
@@ -90,23 +86,34 @@ class Row {
 
   // The row of the sum, before the norm; `kept` then holds what dropout multiplies with.
   T* sum(int64_t row) {
-    for (int64_t column = 0; column < n_; column += program_.length) {
-      const int64_t n = std::min(program_.length, n_ - column);
-      program_.run(row, column, n);
-      std::memcpy(sum_ + column, program_.result(0), n * sizeof(T));
-    }
     const T* residual = call_.residual.data
                             ? read_row(call_.residual, call_.rows, n_, row, 0, n_, residual_)
                             : nullptr;
-    if (const uint32_t threshold = call_.dropout.threshold) {
+    const uint32_t threshold = call_.dropout.threshold;
+    if (threshold) {
       random_row(bits_, n_, call_.dropout.first_row + row, seed_);
       const T scale = static_cast<T>(call_.dropout.scale());
 #pragma omp simd
       for (int64_t i = 0; i < n_; ++i) kept_[i] = bits_[i] >= threshold ? scale : T(0);
-#pragma omp simd
-      for (int64_t i = 0; i < n_; ++i) sum_[i] *= kept_[i];
     }
-    if (residual) add_to(sum_, residual, n_);
+    for (int64_t column = 0; column < n_; column += program_.length) {
+      const int64_t n = std::min(program_.length, n_ - column);
+      program_.run(row, column, n);
+      const T *e = program_.result(0), *k = kept_ + column, *r = residual + column;
+      T* s = sum_ + column;
+      if (threshold && residual) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) s[i] = e[i] * k[i] + r[i];
+      } else if (residual) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) s[i] = e[i] + r[i];
+      } else if (threshold) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) s[i] = e[i] * k[i];
+      } else {
+        std::memcpy(s, e, n * sizeof(T));
+      }
+    }
     return sum_;
   }
 
@@ -162,15 +169,17 @@ void forward(const ResidualNormForward& call) {
     return [&call, n, row = Row<T>(call, arena)](int64_t first, int64_t last) mutable {
       const T* weight = row.weight();
       const T* bias = row.bias();
+      const bool direct = call.y.dtype == kNative<T> && call.y.column == 1;
       for (int64_t at = first; at < last; ++at) {
         T* s = row.sum(at);
         const T mean = sum_of<T>(n, [s](int64_t i) { return s[i]; }) / n;
         const T variance =
             sum_of<T>(n, [s, mean](int64_t i) { return (s[i] - mean) * (s[i] - mean); }) / n;
         const T rstd = 1 / std::sqrt(variance + static_cast<T>(call.eps));
+        T* y = direct ? reinterpret_cast<T*>(call.y.data) + at * call.y.row : s;
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) s[i] = (s[i] - mean) * rstd * weight[i] + bias[i];
-        write_row(s, call.y, at, 0, n);
+        for (int64_t i = 0; i < n; ++i) y[i] = (s[i] - mean) * rstd * weight[i] + bias[i];
+        if (!direct) write_row(s, call.y, at, 0, n);
         if (call.mean.data) element<T>(call.mean, at) = mean;
         if (call.rstd.data) element<T>(call.rstd, at) = rstd;
       }
@@ -199,22 +208,29 @@ void backward(const ResidualNormBackward& call) {
         const T mean = element<T>(call.mean, at), rstd = element<T>(call.rstd, at);
         const T* dy = read_row(call.dy, call.rows, n, at, 0, n, dy_buffer);
         T* x = row.sum(at);  // normalised in place
-#pragma omp simd
+        T level = 0, slope = 0;
+#pragma omp simd reduction(+ : level, slope)
         for (int64_t i = 0; i < n; ++i) {
           x[i] = (x[i] - mean) * rstd;
-          ds[i] = dy[i] * weight[i];
           dweight[i] += dy[i] * x[i];
           dbias[i] += dy[i];
+          ds[i] = dy[i] * weight[i];
+          level += ds[i];
+          slope += ds[i] * x[i];
         }
-        const T level = sum_of<T>(n, [ds](int64_t i) { return ds[i]; }) / n;
-        const T slope = sum_of<T>(n, [ds, x](int64_t i) { return ds[i] * x[i]; }) / n;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) ds[i] = rstd * (ds[i] - level - x[i] * slope);
+        level /= n;
+        slope /= n;
         const T* upstream = ds;
         if (call.dropout.threshold) {
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) de[i] = ds[i] * kept[i];
           upstream = de;
+#pragma omp simd
+          for (int64_t i = 0; i < n; ++i) {
+            ds[i] = rstd * (ds[i] - level - x[i] * slope);
+            de[i] = ds[i] * kept[i];
+          }
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < n; ++i) ds[i] = rstd * (ds[i] - level - x[i] * slope);
         }
         for (int64_t column = 0; column < n; column += gradient.length) {
           const int64_t part = std::min(gradient.length, n - column);

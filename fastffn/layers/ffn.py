@@ -115,7 +115,11 @@ def is_plain(module: nn.Module | None, kind: type) -> bool:
     """Whether calling the module does what its class does and nothing else."""
     return module is None or (
         type(module) is kind
-        and type(module.weight) is nn.Parameter
+        and all(
+            type(weight) is nn.Parameter
+            for weight in module._parameters.values()
+            if weight is not None
+        )
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

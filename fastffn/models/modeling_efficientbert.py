@@ -23,8 +23,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..errors import UserError
 from ..expr import Gene
+from ..functional import residual_norm
 from ..layers import FFN, ElasticFFN
-from ..layers.ffn import as_gene
+from ..layers.ffn import as_gene, is_plain
 from .configuration_efficientbert import EfficientBertConfig
 
 
@@ -153,8 +154,14 @@ class EfficientBertAttention(nn.Module):
             scaling=self.head_size**-0.5,
             **kwargs,
         )
-        output = self.dropout(self.output(mixed.reshape(hidden_states.shape)))
-        return self.norm(hidden_states + output), probabilities
+        output = self.output(mixed.reshape(hidden_states.shape))
+        norm, dropout = self.norm, self.dropout
+        if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
+            share = dropout.p if self.training else 0.0
+            output = residual_norm(output, hidden_states, norm.weight, norm.bias, share, norm.eps)
+        else:  # hooks or replacements: the modules are called
+            output = norm(hidden_states + dropout(output))
+        return output, probabilities
 
 
 class EfficientBertLayer(GradientCheckpointingLayer):
