@@ -106,12 +106,6 @@ def cuda_engine() -> str:
     return "reference" if triton()[0] is None else "triton"
 
 
-@functools.cache
-def multiprocessors(device: int) -> int:
-    """Of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def explain() -> list[tuple[str, str, str, str]]:
     """Rows (op, device, backend that serves it, reason), for `fastffn doctor`."""
     module, reason = cpp()

@@ -201,15 +201,17 @@ def _call(
     )
 
 
-def _engine(x: Tensor):
-    return ffn_fused if execute.engine_of(x)[0] == "triton" else ffn_interpreted
+def _engine(x: Tensor, up: Tensor):
+    """Who computes: the fused kernels know no float64."""
+    fused = execute.engine_of(x)[0] == "triton" and torch.float64 not in (x.dtype, up.dtype)
+    return ffn_fused if fused else ffn_interpreted
 
 
 def _compute(operands, settings, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
     genes, widths, dropout, eps, recompute = settings
     x = operands[0]
     call = _call(operands, genes, widths, dropout, eps)
-    outputs, kept = _engine(x).forward(call, recompute if keep else None)
+    outputs, kept = _engine(x, call.up).forward(call, recompute if keep else None)
     return [y.view(x.shape) for y in outputs], kept
 
 
@@ -235,7 +237,7 @@ def _leading_gradients(grads, kept, *arguments) -> list[Tensor | None]:
     x = operands[0]
     call = _call(operands, genes, widths, dropout, eps)
     grads = [grad.reshape(call.x.shape) for grad in grads]
-    found = _engine(x).backward(call, kept, recompute, grads, wants_x, wants_weights)
+    found = _engine(x, call.up).backward(call, kept, recompute, grads, wants_x, wants_weights)
     gradients = list(vars(found).values())
     if found.x is not None:
         gradients[0] = found.x.view(x.shape)
@@ -264,7 +266,7 @@ def _fake_forward(*arguments) -> tuple[list[Tensor], list[Tensor]]:
         total = max(widths) * (1 if gate is None else 2)
         kept.append(up.new_empty((rows, total)))
         kept += [up.new_empty((rows, x.shape[-1])) for _ in genes]
-        if recompute == "none" and _engine(x) is ffn_interpreted:
+        if recompute == "none" and _engine(x, up) is ffn_interpreted:
             kept += [up.new_empty((rows, width)) for width in widths]
     return _fake_outputs(operands, genes), kept
 

@@ -123,7 +123,7 @@ def backward(
     interpreted = engine in ("cpp", "cuda") and None not in (which.native, gradient.native)
     if engine == "triton":
         kernels = backend.triton()[0].residual_norm
-        chunks = kernels.chunks(rows, columns, backend.multiprocessors(dy.device.index))
+        chunks = kernels.chunks(rows, columns, dy.device)
     elif interpreted:
         chunk, chunks = chunks_of(rows, engine)
     else:
