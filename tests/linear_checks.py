@@ -227,3 +227,22 @@ def far_rows(path: str, stride: int):
     linear.weight_gradient(outs[0], near, gradients[0])
     linear.weight_gradient(far_out, far, gradients[1])
     assert torch.equal(*gradients)
+
+
+def one_program_many_operands(device: str):
+    """What is remembered of one launch does not serve operands that need another one."""
+    M, N, K = 40, 45, 33
+    generator = torch.Generator().manual_seed(0)
+    program = forward_program(Expr.parse("add(z, x)"))
+    wide = [matrix(device, (M, 2 * n), "contiguous", torch.float32, generator) for n in (K, N, N)]
+    weight = matrix(device, (2 * K, N), "contiguous", torch.float32, generator)
+    for half in (0, 1):
+        left, extra, out = (
+            x[:, half * n : (half + 1) * n] for x, n in zip(wide, (K, N, N), strict=True)
+        )
+        w = weight[half * K : (half + 1) * K]
+        for rows in (M, 7, M):
+            for bias in (None, extra[0]):
+                want = left @ w + extra + (0 if bias is None else bias)
+                linear.run(left[:rows], [w], [bias], program, [extra[:rows]], [out[:rows]])
+                torch.testing.assert_close(out[:rows], want[:rows], rtol=1e-4, atol=1e-4)

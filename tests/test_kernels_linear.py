@@ -116,6 +116,10 @@ def test_nan_and_infinity(check):
     check(checks.propagates)
 
 
+def test_one_program_many_operands(check):
+    check(checks.one_program_many_operands)
+
+
 def test_empty_sizes(check):
     check(checks.empty_sizes)
 
