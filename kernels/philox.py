@@ -1,9 +1,8 @@
 """The dropout mask of csrc/random.h in Triton, bit for bit: Philox4x32 with seven rounds.
 
 One call of the generator serves eight neighbouring columns with 16 bits each. A thread holds V
-neighbouring columns at a time, so one call per V columns needs no exchange between threads:
-exactly one call per eight columns with V = 8, two with V = 4. Exchanging the words instead would
-save about 22 of 28 instructions of every second call and costs a trip through shuffles.
+neighbouring columns at a time and makes one call for them, without exchange between threads: with
+V = 8 exactly the calls that are needed, with V = 4 twice as many, of which each thread uses half.
 """
 
 import triton
