@@ -18,14 +18,17 @@ its identity, so pass the same object again, and its limit on recompilations
 (torch._dynamo.config.recompile_limit, 8) is the limit on genes. A search runs eagerly instead.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..expr import Gene
+from ..ops import backend
 from ..ops.elementwise import constant_result
 from .ffn import FFN, FFNUnit, UnitPlan, as_gene, check_arguments, check_input, check_positive
 
@@ -75,6 +78,12 @@ def _cached_plan(gene: Gene | str, size: SupernetSize) -> tuple[int, UnitPlan]:
 def _planned(gene: Gene | str, size: SupernetSize) -> tuple[int, UnitPlan]:
     """The stack and the plan of a gene; a UserError when it does not fit the size."""
     return _cached_plan(gene if isinstance(gene, str) else as_gene(gene), size)
+
+
+def _without_compilation(x: Tensor):
+    """A supernet meets new genes all the time: on a GPU they are interpreted, not compiled."""
+    traced = torch.compiler.is_compiling()
+    return backend.interpreted() if x.is_cuda and not traced else contextlib.nullcontext()
 
 
 class ElasticFFN(nn.Module):
@@ -138,8 +147,9 @@ class ElasticFFN(nn.Module):
             stack, plan = self.gene.stack, self.plan
         else:
             raise UserError("gene: none given and none set; pass one or call set_gene first")
-        for unit in self.units[:stack]:
-            x = unit(x, plan, self.dropout, self.recompute)
+        with _without_compilation(x):
+            for unit in self.units[:stack]:
+                x = unit(x, plan, self.dropout, self.recompute)
         return x
 
     def forward_many(self, x: Tensor, genes: Sequence[Gene | str]) -> list[Tensor]:
@@ -156,17 +166,18 @@ class ElasticFFN(nn.Module):
             groups.setdefault((plan.prologue.text, plan.gated), []).append(k)
         outputs: list[Tensor | None] = [None] * len(planned)
         first = self.units[0]
-        for (_, gated), members in groups.items():
-            plans = [planned[k][1] for k in members]
-            if first.is_fused(gated):
-                results = first.fused(x, plans, self.dropout, self.recompute)
-            else:
-                results = [first(x, plan, self.dropout, self.recompute) for plan in plans]
-            for k, y in zip(members, results, strict=True):
-                stack, plan = planned[k]
-                for unit in self.units[1:stack]:
-                    y = unit(y, plan, self.dropout, self.recompute)
-                outputs[k] = y
+        with _without_compilation(x):
+            for (_, gated), members in groups.items():
+                plans = [planned[k][1] for k in members]
+                if first.is_fused(gated):
+                    results = first.fused(x, plans, self.dropout, self.recompute)
+                else:
+                    results = [first(x, plan, self.dropout, self.recompute) for plan in plans]
+                for k, y in zip(members, results, strict=True):
+                    stack, plan = planned[k]
+                    for unit in self.units[1:stack]:
+                        y = unit(y, plan, self.dropout, self.recompute)
+                    outputs[k] = y
         return outputs
 
     def extract(self, gene: Gene | str) -> FFN:

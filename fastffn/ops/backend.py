@@ -81,15 +81,20 @@ def triton() -> tuple[ModuleType | None, str]:
 _interpreting = contextvars.ContextVar("fastffn_interpreting", default=False)
 
 
+def is_interpreting() -> bool:
+    """Whether `interpreted` is in force."""
+    return _interpreting.get()
+
+
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted(wanted: bool = True) -> Iterator[None]:
     """Within it CUDA tensors are served by csrc's interpreter: a new gene costs no compilation.
 
-    What a search wants, which meets a new one every few seconds. FASTFFN_BACKEND=interpreter does
-    so for a whole process. No effect in a build without CUDA, and none on the CPU, where the
-    interpreter always serves.
+    What a search wants, which meets a new one every few seconds. A backward is served as its
+    forward was. FASTFFN_BACKEND=interpreter does so for a whole process. No effect in a build
+    without CUDA, and none on the CPU, where the interpreter always serves.
     """
-    token = _interpreting.set(True)
+    token = _interpreting.set(wanted)
     try:
         yield
     finally:
@@ -100,7 +105,7 @@ def cuda_engine() -> str:
     """Who serves CUDA tensors: "triton", "cuda" (csrc's interpreter) or "reference"."""
     module = cpp()[0]
     interpreter = module is not None and hasattr(module, "cuda_elementwise")
-    wanted = _interpreting.get() or _setting() == "interpreter"
+    wanted = is_interpreting() or _setting() == "interpreter"
     if interpreter and (wanted or triton()[0] is None):
         return "cuda"
     return "reference" if triton()[0] is None else "triton"

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ..errors import UserError
 from ..expr import Expr, backward_program, forward_program
-from . import execute, reference
+from . import backend, execute, reference
 from .execute import DTYPES, HALVES, Pass
 
 _library = torch.library.Library("fastffn", "FRAGMENT")
@@ -235,6 +235,7 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text: str, *inputs: Tensor) -> Tensor:
         ctx.text = text
+        ctx.interpreted = backend.is_interpreting()
         ctx.save_for_backward(*inputs)
         return _below_autograd(text, inputs)
 
@@ -248,7 +249,8 @@ class _Elementwise(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         inputs = ctx.saved_tensors
         run = _backward if is_plain((grad, *inputs)) else _backward_op
-        gradients = iter(run(ctx.text, grad, inputs, wanted))
+        with backend.interpreted(ctx.interpreted):
+            gradients = iter(run(ctx.text, grad, inputs, wanted))
         return None, *(next(gradients) if want else None for want in wanted)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..expr import Gene
-from . import execute, ffn_fused, ffn_interpreted, ffn_reference
+from . import backend, execute, ffn_fused, ffn_interpreted, ffn_reference
 from . import residual_norm_reference as oracle
 from .elementwise import constant_result, is_plain, is_transformed
 from .ffn_interpreted import Call
@@ -290,6 +290,7 @@ class _FFN(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 outputs, kept = _forward_op(*operands, *settings)
         ctx.settings = settings
+        ctx.interpreted = backend.is_interpreting()
         ctx.save_for_backward(*operands, *kept)
         return tuple(outputs)
 
@@ -306,9 +307,10 @@ class _FFN(torch.autograd.Function):
         weights = any(wants[i] for i in (0, 2, 4))  # up, gate, down
         plain = is_plain([x for x in (*grads, *saved) if x is not None])
         arguments = list(grads), list(kept), *operands, *ctx.settings, wants_x, weights
-        if not plain:
-            return None, *_backward_op(*arguments), None
-        gradients = _leading_gradients(*arguments)
+        with backend.interpreted(ctx.interpreted):
+            if not plain:
+                return None, *_backward_op(*arguments), None
+            gradients = _leading_gradients(*arguments)
         pairs = zip(gradients, operands, strict=False)
         return None, *(accumulated(gradient, operand) for gradient, operand in pairs), None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import execute, row_kernel
+from . import backend, execute, row_kernel
 from . import residual_norm_reference as oracle
 from .elementwise import is_plain, is_transformed
 from .ffn_plan import COPY, COPY_GRADIENT
@@ -153,6 +153,7 @@ class _ResidualNorm(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 y, stats = _forward_op(*operands, dropout, eps)
         ctx.dropout = dropout
+        ctx.interpreted = backend.is_interpreting()
         ctx.save_for_backward(*operands, stats)
         return y
 
@@ -165,7 +166,8 @@ class _ResidualNorm(torch.autograd.Function):
             )
         *operands, stats = ctx.saved_tensors  # once: a checkpoint computes them at each look
         function = _backward if _all_plain((grad, stats, *operands)) else _backward_op
-        return None, None, *function(grad, stats, *operands, ctx.dropout), None
+        with backend.interpreted(ctx.interpreted):
+            return None, None, *function(grad, stats, *operands, ctx.dropout), None
 
 
 def _autograd(*arguments) -> Tensor:

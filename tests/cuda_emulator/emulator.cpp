@@ -1,12 +1,13 @@
-// Runs a kernel's threads as fibers. A fiber goes on until it waits for others; then the next one
-// runs, in the order given or in its reverse, so that a missing barrier shows as a wrong result in
-// one of the two. Shared memory starts as NaN in every block, and what is written past its end is
-// an error, as is a barrier that not all threads reach.
+// Runs a kernel's threads as fibers. A warp goes on until all of it waits for others; then the next
+// one runs, in the order given or in its reverse, so that a missing barrier shows as a wrong result
+// in one of the two. Shared memory starts as NaN in every block, and what is written past its end
+// is an error, as is a barrier that not all threads reach.
 
 #include "emulator.h"
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -78,16 +79,26 @@ bool run_block(unsigned threads) {
     fiber.done = false;
     makecontext(&fiber.context, enter, 0);
   }
+  // Each warp goes as far as it can before the next one starts.
+  const unsigned count = static_cast<unsigned>(warps.size());
   for (unsigned left = threads; left > 0;) {
-    progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      current = reverse_order ? threads - 1 - i : i;
-      if (fibers[current].done) continue;
-      threadIdx = dim3(current);
-      swapcontext(&scheduler, &fibers[current].context);
-      left -= fibers[current].done;
+    bool any = false;
+    for (unsigned w = 0; w < count; ++w) {
+      const unsigned first = (reverse_order ? count - 1 - w : w) * kWarp;
+      const unsigned lanes = std::min<unsigned>(kWarp, threads - first);
+      do {
+        progress = false;
+        for (unsigned i = 0; i < lanes; ++i) {
+          current = first + (reverse_order ? lanes - 1 - i : i);
+          if (fibers[current].done) continue;
+          threadIdx = dim3(current);
+          swapcontext(&scheduler, &fibers[current].context);
+          left -= fibers[current].done;
+        }
+        any |= progress;
+      } while (progress);
     }
-    if (!progress) return false;
+    if (!any) return false;
   }
   return true;
 }
