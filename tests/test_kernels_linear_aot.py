@@ -81,16 +81,16 @@ def build(launch, target, tensor_cores=True, few_spills=False):
     return compiled
 
 
-def two_blocks(compiled, launch, N):
-    """Narrow stores take more registers for addresses, above all on sm_80."""
-    if N % 4 == 0:
+def two_blocks(compiled, launch, *widths):
+    """Narrow loads and stores take more registers for addresses, above all on sm_80."""
+    if all(width % 4 == 0 for width in widths):
         assert compiled.registers * launch.constants["num_warps"] * 32 * 2 <= REGISTERS
 
 
 def check_forward(N, K, dtype, target, few_spills=False):
     launch = forward(N, K, dtype)
     compiled = build(launch, target, dtype != FP32, few_spills)
-    two_blocks(compiled, launch, N)
+    two_blocks(compiled, launch, N, K)
     assert compiled.widest("LDGSTS") == bits(dtype, K)
     assert compiled.widest("STG") == (bits(dtype, N) or 16)
 
@@ -98,7 +98,7 @@ def check_forward(N, K, dtype, target, few_spills=False):
 def check_data_gradient(N, K, dtype, target, few_spills=False):
     launch = data_gradient(N, K, dtype)
     compiled = build(launch, target, dtype != FP32, few_spills)
-    two_blocks(compiled, launch, N)
+    two_blocks(compiled, launch, N, K)
     # Both factors are loaded ahead, or the one whose rows are even.
     assert compiled.widest("LDGSTS") == max(bits(dtype, K), bits(dtype, N))
     assert compiled.widest("LDG") >= (bits(dtype, N) or 16)
@@ -108,7 +108,7 @@ def check_data_gradient(N, K, dtype, target, few_spills=False):
 def check_weight_gradient(N, K, dtype, target, few_spills=False):
     launch = weight_gradient(N, K, dtype)
     compiled = build(launch, target, dtype != FP32, few_spills)
-    two_blocks(compiled, launch, N)
+    two_blocks(compiled, launch, N, K)
     assert compiled.widest("LDGSTS") == max(bits(dtype, K), bits(dtype, N))
     assert compiled.widest("STG") == bits(FP32, K)
 
