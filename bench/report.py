@@ -21,7 +21,8 @@ def load(paths: Sequence[str | Path]) -> dict[str, Any]:
 
     Returns:
         {"date", "commit", "device", "versions", "runs", "cases": [{"case", "threads", "median_ms",
-        "first_call_ms", "ratio"}]}; the conditions are those of the first run. A file that `save`
+        "first_call_ms", "ratio", "floor", "peak_mib"}]}, the last two where they are
+        known; the conditions are those of the first run. A file that `save`
         wrote is returned as it is.
 
     Raises:
@@ -51,7 +52,8 @@ def load(paths: Sequence[str | Path]) -> dict[str, Any]:
                 "threads": infos[0]["threads"],
                 **{
                     key: _medians([info[key] for info in infos if key in info])
-                    for key in ("median_ms", "first_call_ms", "ratio")
+                    for key in ("median_ms", "first_call_ms", "ratio", "floor", "peak_mib")
+                    if any(key in info for info in infos)
                 },
             }
             for name, infos in cases.items()
@@ -97,15 +99,18 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: the case, milliseconds of each contender, and how many times faster fastffn is."""
     rivals = list(dict.fromkeys(name for case in result["cases"] for name in case["ratio"]))
     header = ["case", "fastffn ms", *(f"{name} ms" for name in rivals), *(f"x {n}" for n in rivals)]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines = [[*header, "of the floor"], ["---"] + ["---:"] * len(header)]
     for case in result["cases"]:
-        times = [case["median_ms"].get(name) for name in ("fastffn", *rivals)]
+        (ours,) = (ms for name, ms in case["median_ms"].items() if name not in case["ratio"])
+        times = [ours, *(case["median_ms"].get(name) for name in rivals)]
         ratios = [case["ratio"].get(name) for name in rivals]
+        share = case.get("floor", {}).get("share")
         lines.append(
             [
                 case["case"],
                 *("" if t is None else f"{t:.3g}" for t in times),
                 *("" if r is None else f"{r:.2f}" for r in ratios),
+                "" if share is None else f"{100 * share:.0f} %",
             ]
         )
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
