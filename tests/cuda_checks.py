@@ -75,6 +75,14 @@ def matrix(x: Tensor | None) -> tuple[int, int, int, int]:
     return x.data_ptr(), CODES[x.dtype], row, column
 
 
+def moved(x: Tensor | None, device: str) -> Tensor | None:
+    """On a device with the same strides, which `to` gives up."""
+    if x is None or device == "cpu":
+        return x
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def compute_type(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
 
@@ -96,10 +104,10 @@ def elementwise(cuda: Cuda, expr: Expr, inputs: dict[str, Tensor], grad: Tensor)
 
     exact, same = truth(torch.float64), truth(dtype)
     device = cuda.device
-    moved = [inputs[name].to(device).expand(size) for name in expr.inputs]
+    operands = [moved(inputs[name], device).expand(size) for name in expr.inputs]
     outs = [poisoned(size, dtype, device) for _ in same]
-    cuda.elementwise(forward_program(expr), moved, outs[:1])
-    cuda.elementwise(backward_program(expr), [grad.to(device), *moved], outs[1:])
+    cuda.elementwise(forward_program(expr), operands, outs[:1])
+    cuda.elementwise(backward_program(expr), [moved(grad, device), *operands], outs[1:])
     for what, out, want, usual in zip(["value", *expr.inputs], outs, exact, same, strict=True):
         assert_accurate(out.cpu(), want, usual, f"{what} of {expr}")
 
@@ -121,12 +129,12 @@ def summed_elementwise(
     exact, same = truth(torch.float64), truth(dtype)
     count = len(expr.inputs)
     summed = tuple(reversed(range(count)))
-    moved = [inputs[name].to(device).expand(grad.shape) for name in expr.inputs]
+    given = [moved(inputs[name], device).expand(grad.shape) for name in expr.inputs]
     results = []
     for _ in range(2):
         outs = [poisoned(grad.shape, dtype, device) for _ in range(count)]
         sums = poisoned((-(-rows // chunk), count, columns), compute_type(grad), device)
-        operands = [grad.to(device), *moved, *outs]
+        operands = [moved(grad, device), *given, *outs]
         cuda.summed_elementwise(backward_program(expr), operands, sums, chunk, summed)
         results.append([*outs, *sums.sum(0).unbind(0)])
     for out, again, want, usual in zip(*results, exact, same, strict=True):
@@ -177,10 +185,10 @@ class Norm:
         Where `captured` is given, the call names its programs, and device memory those of `expr`.
         """
         device, (rows, columns), dtype = cuda.device, self.dy.shape, self.dy.dtype
-        inputs = [self.inputs[name].to(device) for name in self.expr.inputs]
+        inputs = [moved(self.inputs[name], device) for name in self.expr.inputs]
         others = (self.residual, self.weight, self.bias)
-        residual, weight, bias = (x if x is None else x.to(device) for x in others)
-        dy = self.dy.to(device)
+        residual, weight, bias = (moved(x, device) for x in others)
+        dy = moved(self.dy, device)
         compute = compute_type(dy, *inputs)
         mean, rstd = (poisoned((rows, 1), compute, device) for _ in range(2))
         y = poisoned(dy.shape, dtype, device)
@@ -234,3 +242,28 @@ class Norm:
             assert_accurate(out, exact[name], same[name], f"{name} of {self.expr}")
         assert_accurate(self.first_summed, exact_sum, same_sum, "sum of the first gradient")
         return results
+
+
+def far_rows(cuda: Cuda, path: str) -> None:
+    """Rows more than 2^31 elements apart, in a sparse file instead of memory (CPU only)."""
+    shape, stride = (2, 36), 2**31 + 8
+    buffer = torch.from_file(path, shared=True, size=stride + 36, dtype=torch.float16)
+    far = buffer.as_strided(shape, (stride, 1))
+    near = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    far.copy_(near)
+    out = poisoned(shape, torch.float16, "cpu")
+    relu, norm = (forward_program(Expr.parse(text)) for text in ("relu(a)", "add(a, a)"))
+    cuda.elementwise(relu, [far], [out])
+    assert out.equal(near.relu())
+    far.fill_(torch.nan)
+    cuda.elementwise(relu, [near], [far])
+    assert far.equal(near.relu())
+    far.copy_(near)
+    common = [cuda.program(norm), *shape, [matrix(far)], matrix(far), matrix(None), matrix(None)]
+    for y in (out, far):
+        cuda.module.cuda_residual_norm(
+            *(*common, 1e-5, 0, 0, matrix(None), matrix(None), matrix(y), 0, *cuda.where())
+        )
+    want = torch.nn.functional.layer_norm(3 * near.float(), shape[1:])
+    torch.testing.assert_close(out.float(), want, rtol=1e-3, atol=1e-3)
+    assert far.equal(out)

@@ -258,6 +258,12 @@ def test_dropout_is_the_mask_of_the_reference(cuda):
             case.check(cuda)
 
 
+def test_offsets_past_2_31_elements(cuda, tmp_path):
+    if cuda.device != "cpu":
+        pytest.skip("a sparse file is memory of the CPU")
+    cuda_checks.far_rows(cuda, str(tmp_path / "rows"))
+
+
 def test_routines_in_device_memory(cuda):
     """The same launch runs whatever program and width are written there."""
     generator = torch.Generator().manual_seed(0)

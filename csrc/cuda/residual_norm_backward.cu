@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
           T v[kLanes];
           registers.read(last ? 0 : gradient.results[k], v);
 #pragma unroll
-          for (int j = 0; j < kLanes; ++j) v[j] = last || j >= n ? T(0) : v[j];
+          for (int j = 0; j < kLanes; ++j) v[j] = last ? T(0) : v[j];
           for (int s = 0; s < call.summed_count; ++s)
             if (!last && call.summed[s] == k)
               sums.add(2 + s, group, column, v, n, row == first_row);
