@@ -5,6 +5,7 @@
     segment  one elementwise Program over 2-D operands in one kernel (its text: segment_source)
     linear   matrix products with a Program for epilogue (their text: linear_source), and weight
              gradients (linear_weight)
+    residual_norm  program, dropout (philox), residual and LayerNorm (text: residual_norm_source)
     tiles    block sizes and warps by formula
 
 Nothing here asks for a GPU until a kernel is launched. docs/kernels.md says why it is built so.

@@ -159,10 +159,15 @@ class _Operands:
         return Launch(kernel, (grid,), (*operands, *arguments, self.rows, share), constants)
 
 
-def _add_inputs(operands: _Operands, live, inputs, residual: torch.Tensor) -> str:
-    """Adds the live inputs and the residual; which input is the residual as well, or ""."""
+def _add_inputs(operands: _Operands, live, inputs, residual: torch.Tensor | None) -> str:
+    """Adds the live inputs and the residual; returns its name, or "" where there is none.
+
+    An input that is the residual as well is read once, and gives it its name.
+    """
     for i in sorted(live):
         operands.matrix(f"i{i}", inputs[i])
+    if residual is None:
+        return ""
     for i in sorted(live):
         if (inputs[i].data_ptr(), inputs[i].stride(), inputs[i].dtype) == (
             residual.data_ptr(),
@@ -171,13 +176,13 @@ def _add_inputs(operands: _Operands, live, inputs, residual: torch.Tensor) -> st
         ):
             return f"i{i}"
     operands.matrix("residual", residual)
-    return ""
+    return "residual"
 
 
 def plan_forward(
     program: Program,
     inputs: Sequence[torch.Tensor],
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -192,7 +197,7 @@ def plan_forward(
     Raises:
         ValueError: the operands' number or shapes do not fit.
     """
-    matrices = {"y": y, "residual": residual}
+    matrices = {"y": y} | ({} if residual is None else {"residual": residual})
     matrices |= {f"input {i}": tensor for i, tensor in enumerate(inputs)}
     vectors = {name: v for name, v in (("mean", mean), ("rstd", rstd)) if v is not None}
     affine = {name: v for name, v in (("weight", weight), ("bias", bias)) if v is not None}
@@ -225,7 +230,7 @@ def plan_backward(
     program: Program,
     gradient: Program,
     inputs: Sequence[torch.Tensor],
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -243,7 +248,7 @@ def plan_backward(
     Raises:
         ValueError: the operands' number or shapes do not fit.
     """
-    matrices = {"dy": dy, "residual": residual}
+    matrices = {"dy": dy} | ({} if residual is None else {"residual": residual})
     matrices |= {f"input {i}": tensor for i, tensor in enumerate(inputs)}
     matrices |= {f"gradient {i}": tensor for i, tensor in enumerate(gradients)}
     if dresidual is not None:
@@ -296,16 +301,7 @@ def plan_backward(
             added_to,
             summed,
         ),
-        (
-            tuple(operands.letters.items()),
-            same,
-            columns,
-            tile,
-            compute,
-            dropout,
-            added_to,
-            summed,
-        ),
+        (*operands.letters.items(), same, columns, tile, compute, dropout, added_to, summed),
     )
     share = tiles.ceil_div(tiles.ceil_div(rows, len(sums)), tile.rows) * tile.rows
     return operands.launch(kernel, len(sums), share, tile, threshold, seed)
@@ -320,7 +316,7 @@ def _run(launch: Launch | None, device: torch.device) -> None:
 def forward(
     program: Program,
     inputs: Sequence[torch.Tensor],
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -335,7 +331,7 @@ def forward(
     Args:
         program: one output; as built by `forward_program`, not allocated.
         inputs: one tensor [rows, columns] per input; those that do not matter are not read.
-        residual: [rows, columns]; read once where it is one of the inputs as well.
+        residual: [rows, columns] or None; read once where it is one of the inputs as well.
         weight, bias: [columns] or None.
         eps: added to the variance; a constant of the kernel.
         threshold: of 65536, how many values drop an element; 0: no dropout, `seed` is not read.
@@ -356,7 +352,7 @@ def backward(
     program: Program,
     gradient: Program,
     inputs: Sequence[torch.Tensor],
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -389,20 +385,7 @@ def backward(
         ValueError: see `plan_backward`.
     """
     launch = plan_backward(
-        program,
-        gradient,
-        inputs,
-        residual,
-        weight,
-        mean,
-        rstd,
-        threshold,
-        seed,
-        dy,
-        gradients,
-        dresidual,
-        added_to,
-        sums,
-        summed,
-    )
+        program, gradient, inputs, residual, weight, mean, rstd, threshold, seed, dy, gradients,
+        dresidual, added_to, sums, summed,
+    )  # fmt: skip
     _run(launch, dy.device)

@@ -151,7 +151,8 @@ class _Writer:
                 "e_{c} = e_{c} * factor_{c}",
             ]
         shape = "[ROWS, WIDTH]"
-        lines.append(f"s_{{c}} = tl.broadcast_to({same or 'residual'}_{{c}} + e_{{c}}, {shape})")
+        residual = f"{same}_{{c}} + " if same else ""
+        lines.append(f"s_{{c}} = tl.broadcast_to({residual}e_{{c}}, {shape})")
         return self.each(*lines)
 
     def text(self, title, functions, name, before, body, after, dropout: bool) -> str:
@@ -195,7 +196,7 @@ def forward_text(
     Args:
         letters: of the operands by name, in the order of the arguments: i0, i1, ... (live inputs),
             residual, weight, bias, y, mean, rstd; those that are absent are left out.
-        same: name of the input that is the residual as well, or "".
+        same: name of the residual: an input's where it is one of them, or "" where it is absent.
         compute: "tl.float32" or "tl.float64".
     """
     write = _Writer(letters, columns, tile, compute)

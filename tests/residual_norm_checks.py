@@ -290,6 +290,25 @@ def parts_do_not_matter(device: str):
         torch.testing.assert_close(sums, found[0][2], rtol=1e-5, atol=1e-5)
 
 
+def without_residual(device: str):
+    """None is a residual of zeros."""
+    expr = Expr.parse("tanh(a)")
+    generator = torch.Generator().manual_seed(0)
+    a, dy = (torch.randn(9, 45, generator=generator).to(device) for _ in range(2))
+    program, gradient = forward_program(expr), backward_program(expr)
+    found = []
+    for residual in (None, torch.zeros_like(a)):
+        y, da, ds = (torch.full_like(a, torch.nan) for _ in range(3))
+        mean, rstd = torch.empty(2, 9, device=device)
+        sums = torch.empty(2, 3, 45, device=device)
+        residual_norm.forward(program, [a], residual, None, None, EPS, 0, None, y, mean, rstd)
+        common = (program, gradient, [a], residual, None, mean, rstd, 0, None, dy)
+        residual_norm.backward(*common, [da], ds, -1, sums, (0,))
+        found.append((y, mean, rstd, da, ds, sums))
+    for without, zeros in zip(*found, strict=True):
+        assert torch.equal(without, zeros)
+
+
 def constant_gradient(device: str):
     """y sums to 0 in each row: its sum has no gradient but that of the bias, the number of rows."""
     expr = Expr.parse("a")

@@ -70,6 +70,10 @@ def test_gradient_layouts(check, layout):
     check(checks.agrees, "tanh(z)", (21, 44), grad_layout=layout)
 
 
+def test_without_residual(check):
+    check(checks.without_residual)
+
+
 def test_constant_gradient(check):
     check(checks.constant_gradient)
 
