@@ -82,6 +82,21 @@ def test_backward_of_an_input_is_the_upstream_gradient():
     assert math.isclose(run(program, {"grad": 3.0, "a": 1.0})[0], 3.0)
 
 
+@given(expressions())
+def test_backward_with_sums_order_and_value(expr):
+    names = tuple(reversed(expr.inputs))
+    added_to = names[:1]
+    program = backward_program(expr, None, added_to, names, value=True)
+    assert program.inputs == ("grad", *names, f"grad_{names[0]}")
+    inputs = {"grad": 0.6, f"grad_{names[0]}": 2.5, **POINT}
+    *gradients, value = run(program, inputs)
+    expected = dict(zip(expr.inputs, run(backward_program(expr), inputs), strict=True))
+    expected[names[0]] += 2.5
+    assert gradients == pytest.approx([expected[name] for name in names], rel=1e-12)
+    assert value == pytest.approx(evaluate(expr, POINT), rel=1e-12)
+    assert run(program.fused().allocated(), inputs) == pytest.approx([*gradients, value])
+
+
 def test_packed_layout():
     packed = forward_program(Expr.parse("add(a, relu(b))")).packed()
     numbers = memoryview(packed).cast("H").tolist()
