@@ -263,11 +263,11 @@ def _fake_forward(*arguments) -> tuple[list[Tensor], list[Tensor]]:
     dtype = execute.compute_dtype(x, up)
     kept = [x.new_empty((2, rows), dtype=dtype) for _ in genes]
     if recompute != "all":
-        total = max(widths) * (1 if gate is None else 2)
-        kept.append(up.new_empty((rows, total)))
-        kept += [up.new_empty((rows, x.shape[-1])) for _ in genes]
-        if recompute == "none" and _engine(x, up) is ffn_interpreted:
-            kept += [up.new_empty((rows, width)) for width in widths]
+        total, fused = max(widths) * (1 if gate is None else 2), _engine(x, up) is ffn_fused
+        sizes = [total, *(x.shape[-1] for _ in genes)]
+        sizes += widths if recompute == "none" and not fused else []
+        matrix = ffn_fused.matrix if fused else ffn_interpreted.matrix
+        kept += [matrix(up, rows, columns) for columns in sizes]
     return _fake_outputs(operands, genes), kept
 
 

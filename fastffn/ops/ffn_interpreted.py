@@ -82,6 +82,11 @@ class Call:
         return None if self.seed is None else self.seed[k : k + 1]
 
 
+def matrix(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised [rows, columns]: what `forward` keeps."""
+    return like.new_empty((rows, columns))
+
+
 class _Whole:
     """A matrix of all rows, put together from slabs; of a single slab it is that tensor itself."""
 
@@ -94,7 +99,7 @@ class _Whole:
             self.tensor = value
             return
         if self.tensor is None:
-            self.tensor = value.new_empty((self.rows, value.shape[1]))
+            self.tensor = matrix(value, self.rows, value.shape[1])
         self.tensor[part] = value
 
 
