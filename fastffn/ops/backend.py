@@ -115,12 +115,22 @@ def explain() -> list[tuple[str, str, str, str]]:
     """Rows (op, device, backend that serves it, reason), for `fastffn doctor`."""
     module, reason = cpp()
     on_cpu = ("cpu", "cpp" if module else "reference", reason)
-    on_cuda = ("cuda", cuda_engine(), triton()[1])
-    rows = [
-        (op, *row) for op in ("elementwise", "residual_norm", "ffn") for row in (on_cpu, on_cuda)
-    ]
+    on_cuda = ("cuda", *_explain_cuda())
+    ops = ("elementwise", "residual_norm", "ffn")
+    rows = [(op, *row) for op in ops for row in (on_cpu, on_cuda)]
     rows += [
         ("relation_kl", device, "torch", "chunked torch operations on every device")
         for device in ("cpu", "cuda")
     ]
     return [*rows, ("linear", "cpu", "torch", matmul.explain())]
+
+
+def _explain_cuda() -> tuple[str, str]:
+    """Who serves CUDA tensors, and why."""
+    reason = triton()[1]
+    if not torch.cuda.is_available():
+        return "none", reason
+    engine = cuda_engine()
+    if engine == "cuda" and triton()[0] is not None:
+        return engine, "csrc's interpreter, by FASTFFN_BACKEND=interpreter"
+    return engine, reason
