@@ -59,9 +59,9 @@ void launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t share
             const Place& place, const Arguments& arguments) {
   static_assert(sizeof(Arguments) <= 4096, "the parameters of a kernel");
   if (blocks > 0x7fffffff) throw std::runtime_error("CUDA interpreter: too many blocks");
-  if (shared > 48 * 1024)
+  if (shared > 48 * 1024)  // to the limit: another thread may launch the same kernel with more
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
+                               static_cast<int>(shared_limit(place.device))),
           "shared memory");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
