@@ -19,6 +19,8 @@ if folder := os.environ.get("FASTFFN_TEST_MODULE"):
     sys.modules["fastffn._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["fastffn._C"])
 
+from fastffn.ops import backend
+
 
 def pytest_collection_modifyitems(items):
     reasons = {}
@@ -30,3 +32,34 @@ def pytest_collection_modifyitems(items):
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch.empty returns is full of NaN, so that what an op forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def isa_by_name():
+    """Selects an instruction set of csrc for the test."""
+    module = backend.cpp()[0]
+    before = module.isa()
+    yield module.select_isa
+    module.select_isa(before)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline", "reference"])
+def served_by(request, monkeypatch):
+    """Each instruction set of csrc in turn that runs here, and the fallback."""
+    name, module = request.param, backend.cpp()[0]
+    if name == "reference":
+        monkeypatch.setattr(backend, "cpp", lambda: (None, "test"))
+    elif module is None or name not in module.available_isas():
+        pytest.skip(f"csrc does not run on {name} here")
+    else:
+        request.getfixturevalue("isa_by_name")(name)
+    return name

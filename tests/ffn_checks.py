@@ -1,4 +1,5 @@
-"""Checks of the block on the Triton kernels, run where these run; see test_ffn_fused."""
+"""Genes and operands of the tests of the block; and checks on the Triton kernels, which are run
+where these run, see test_ffn_fused."""
 
 import contextlib
 import types
@@ -8,6 +9,16 @@ import torch
 from oracle import assert_accurate
 
 from fastffn.ops import backend, execute, ffn, ffn_fused, ffn_reference, row_kernel
+
+GENES = {
+    "plain": "down(gelu(up(x)))",
+    "epilogue": "tanh(down(gelu(up(x))))",
+    "prologue": "down(gelu(up(max(x, tanh(x)))))",
+    "x in the middle": "down(relu(mul(up(x), x)))",
+    "x in the epilogue": "mul(sigmoid(down(elu(up(x)))), x)",
+    "gated": "down(mul(swish(gate(x)), up(x)))",
+    "everything": "max(down(mul(mul(sigmoid(gate(swish(x))), up(swish(x))), x)), tanh(x))",
+}
 
 
 @contextlib.contextmanager
@@ -27,8 +38,9 @@ def _served_by_triton(device):
         yield
 
 
-def _operands(gene, rows, hidden, width, dtype, device):
-    generator = torch.Generator().manual_seed(0)
+def operands(gene, rows, hidden, width, dtype, device="cpu", seed=0):
+    """x, up, up_bias, gate, gate_bias, down, down_bias, norm_weight, norm_bias; requiring grad."""
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*size, scale=1.0):
         values = scale * torch.randn(*size, generator=generator, dtype=torch.float64)
@@ -50,7 +62,7 @@ def _operands(gene, rows, hidden, width, dtype, device):
 
 def _both(device, gene, dtype, widths, recompute, dropout, rows=37, hidden=40):
     """(mine, exact, torch's): outputs and gradients of one call for all `widths`."""
-    leaves = _operands(gene, rows, hidden, max(widths), dtype, device)
+    leaves = operands(gene, rows, hidden, max(widths), dtype, device)
     seeds = torch.arange(3, 3 + len(widths), device=device)
     genes = (gene,) * len(widths)
     generator = torch.Generator().manual_seed(1)

@@ -18,18 +18,10 @@ from fastffn.expr import PRIMITIVES, forward_program
 from fastffn.functional import elementwise
 from fastffn.ops import backend, reference
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CPP = backend.cpp()[0]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that torch.empty returns is full of NaN, so that what an op forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(4).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=CPP.available_isas() if CPP else [])
@@ -38,22 +30,6 @@ def isa(request):
     before = CPP.isa()
     CPP.select_isa(request.param)
     yield request.param
-    CPP.select_isa(before)
-
-
-@pytest.fixture(params=(CPP.available_isas() if CPP else []) + ["reference"])
-def served_by(request, monkeypatch):
-    """Each instruction set in turn, and the fallback."""
-    if request.param == "reference":
-        monkeypatch.setattr(backend, "cpp", lambda: (None, "test"))
-        return request.param
-    return request.getfixturevalue("isa_by_name")(request.param)
-
-
-@pytest.fixture
-def isa_by_name():
-    before = CPP.isa()
-    yield CPP.select_isa
     CPP.select_isa(before)
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from ffn_checks import GENES, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_accurate
@@ -13,52 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastffn import FFN, ElasticFFN, UserError
 from fastffn.expr import PUBLISHED
 from fastffn.functional import ffn
-from fastffn.ops import backend, ffn_interpreted, ffn_reference, slices
+from fastffn.ops import ffn_interpreted, ffn_reference, slices
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RECOMPUTE = ("none", "activation", "all")
-GENES = {
-    "plain": "down(gelu(up(x)))",
-    "epilogue": "tanh(down(gelu(up(x))))",
-    "prologue": "down(gelu(up(max(x, tanh(x)))))",
-    "x in the middle": "down(relu(mul(up(x), x)))",
-    "x in the epilogue": "mul(sigmoid(down(elu(up(x)))), x)",
-    "gated": "down(mul(swish(gate(x)), up(x)))",
-    "everything": "max(down(mul(mul(sigmoid(gate(swish(x))), up(swish(x))), x)), tanh(x))",
-}
-CPP = backend.cpp()[0]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that torch.empty returns is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(4).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def operands(gene, rows, hidden, width, dtype, device="cpu", seed=0):
-    """x, up, up_bias, gate, gate_bias, down, down_bias, norm_weight, norm_bias; requiring grad."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size, scale=1.0):
-        values = scale * torch.randn(*size, generator=generator, dtype=torch.float64)
-        return values.to(device, dtype).requires_grad_()
-
-    gated = "gate" in gene
-    return [
-        normal(rows, hidden),
-        normal(width, hidden, scale=hidden**-0.5),
-        normal(width),
-        normal(width, hidden, scale=hidden**-0.5) if gated else None,
-        normal(width) if gated else None,
-        normal(hidden, width, scale=width**-0.5),
-        normal(hidden),
-        normal(hidden),
-        normal(hidden),
-    ]
 
 
 def run(leaves, gene, dropout=0.0, recompute="none", seed=5):
@@ -459,17 +420,7 @@ def test_mixed_types_need_autocast():
         block(torch.randn(3, 16, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("served", ["reference", *(CPP.available_isas() if CPP else [])])
-def test_every_executor(served, monkeypatch):
-    before = CPP.isa() if CPP else None
-    try:
-        if served == "reference":
-            monkeypatch.setattr(backend, "cpp", lambda: (None, "test"))
-        else:
-            CPP.select_isa(served)
-        for gene, recompute in itertools.product(("epilogue", "everything"), ("none", "all")):
-            leaves = operands(GENES[gene], 21, 40, 20, torch.float32)
-            check(GENES[gene], leaves, 0.1, recompute)
-    finally:
-        if before:
-            CPP.select_isa(before)
+def test_every_executor(served_by):
+    for gene, recompute in itertools.product(("epilogue", "everything"), ("none", "all")):
+        leaves = operands(GENES[gene], 21, 40, 20, torch.float32)
+        check(GENES[gene], leaves, 0.1, recompute)

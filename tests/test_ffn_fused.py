@@ -6,7 +6,7 @@ import ffn_checks as checks
 import interpreter
 import pytest
 import torch
-from test_ffn import GENES
+from ffn_checks import GENES
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -8,34 +8,11 @@ from oracle import assert_accurate, tensor
 
 from fastffn import UserError
 from fastffn.functional import residual_norm
-from fastffn.ops import backend
 from fastffn.ops import residual_norm_reference as reference
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-CPP = backend.cpp()[0]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that torch.empty returns is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(4).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=(CPP.available_isas() if CPP else []) + ["reference"])
-def served_by(request, monkeypatch):
-    """Each instruction set in turn, and the fallback."""
-    if request.param == "reference":
-        monkeypatch.setattr(backend, "cpp", lambda: (None, "test"))
-        yield request.param
-        return
-    before = CPP.isa()
-    CPP.select_isa(request.param)
-    yield request.param
-    CPP.select_isa(before)
 
 
 def compare(got, true, same_dtype, what, floor=0.0):
