@@ -38,6 +38,16 @@ class Pass:
             return None
         return module.Program(packed)
 
+    def on(self, engine: str):
+        """`native` if the engine is one of csrc's and takes this Program, else None."""
+        if engine not in ("cpp", "cuda") or self.native is None:
+            return None
+        return self.native if engine == "cpp" or self._fits_cuda else None
+
+    @functools.cached_property
+    def _fits_cuda(self) -> bool:
+        return backend.cpp()[0].cuda_takes(self.native)
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if a tensor is, else float32."""
@@ -77,7 +87,8 @@ def elementwise(
         if engine == "triton":
             return _triton_elementwise(which.program, size, inputs, outputs)
         module = backend.cpp()[0]
-        if len(size) <= module.MAX_DIMS and which.native is not None:
+        native = which.on(engine)
+        if native is not None and len(size) <= module.MAX_DIMS:
             operands = [
                 (
                     x.data_ptr(),
@@ -87,7 +98,7 @@ def elementwise(
                 for x in (*inputs, *outputs)
             ]
             run = module.cuda_elementwise if where else module.elementwise
-            return run(which.native, size, operands, *where)
+            return run(native, size, operands, *where)
     _reference(which, inputs, outputs)
     return None
 
@@ -134,12 +145,12 @@ def summed_elementwise(
     rows, columns = outputs[0].shape
     dtype = compute_dtype(*inputs)
     engine, where = engine_of(outputs[0])
-    if engine in ("cpp", "cuda") and which.native is not None:
+    if (native := which.on(engine)) is not None:
         chunk, chunks = chunks_of(rows, engine)
         sums = outputs[0].new_empty((chunks, len(summed), columns), dtype=dtype)
         module = backend.cpp()[0]
         run = module.cuda_summed_elementwise if where else module.summed_elementwise
-        if chunks:
+        if sums.numel():
             operands = [matrix(x) for x in (*inputs, *outputs)]
             run(which.native, rows, columns, operands, sums.data_ptr(), chunk, list(summed), *where)
         return sums.sum(0) if chunks != 1 else sums[0]

@@ -42,11 +42,11 @@ def forward(
         backend.triton()[0].residual_norm.forward(
             which.program, inputs, residual, weight, bias, eps, threshold, seed, y, mean, rstd
         )
-    elif engine in ("cpp", "cuda") and which.native is not None:
+    elif (native := which.on(engine)) is not None:
         module = backend.cpp()[0]
         run = module.cuda_residual_norm if where else module.residual_norm
         run(
-            which.native,
+            native,
             *y.shape,
             [matrix(x) for x in inputs],
             matrix(residual),
@@ -120,11 +120,11 @@ def backward(
     """
     rows, columns = dy.shape
     engine, where = engine_of(dy)
-    interpreted = engine in ("cpp", "cuda") and None not in (which.native, gradient.native)
+    natives = which.on(engine), gradient.on(engine)
     if engine == "triton":
         kernels = backend.triton()[0].residual_norm
         chunks = kernels.chunks(rows, columns, dy.device)
-    elif interpreted:
+    elif None not in natives:
         chunk, chunks = chunks_of(rows, engine)
     else:
         return _reference_backward(
@@ -137,11 +137,11 @@ def backward(
             which.program, gradient.program, inputs, residual, weight, mean, rstd, threshold, seed,
             dy, gradients, dresidual, added_to, sums, summed,
         )  # fmt: skip
-    elif rows:
+    elif sums.numel():
         module = backend.cpp()[0]
         run = module.cuda_residual_norm_backward if where else module.residual_norm_backward
         run(
-            which.native,
+            natives[0],
             rows,
             columns,
             [matrix(x) for x in inputs],
@@ -154,7 +154,7 @@ def backward(
             (mean.data_ptr(), DTYPES[mean.dtype], 1, 0),
             (rstd.data_ptr(), DTYPES[rstd.dtype], 1, 0),
             matrix(dy),
-            gradient.native,
+            natives[1],
             [matrix(x) for x in gradients],
             matrix(dresidual),
             added_to,
