@@ -152,7 +152,7 @@ def summed_elementwise(
         run = module.cuda_summed_elementwise if where else module.summed_elementwise
         if sums.numel():
             operands = [matrix(x) for x in (*inputs, *outputs)]
-            run(which.native, rows, columns, operands, sums.data_ptr(), chunk, list(summed), *where)
+            run(native, rows, columns, operands, sums.data_ptr(), chunk, list(summed), *where)
         return sums.sum(0) if chunks != 1 else sums[0]
     elementwise(which, outputs[0].shape, inputs, outputs)
     return torch.stack([outputs[k].sum(0, dtype=dtype) for k in summed])
