@@ -60,6 +60,8 @@ void fill(const ResidualNormArguments& from, ResidualNorm& call) {
   const auto is_double = [](const Matrix& m) { return m.data && m.dtype == DType::kFloat64; };
   call.in_double = is_double(call.residual) || is_double(call.weight) || is_double(call.bias) ||
                    std::any_of(call.inputs, call.inputs + from.inputs.size(), is_double);
+  // The statistics say so where they are: a backward does not see all operands of the forward.
+  if (call.mean.data) call.in_double = is_double(call.mean);
   for (const Matrix* statistic : {&call.mean, &call.rstd}) {
     const DType compute = call.in_double ? DType::kFloat64 : DType::kFloat32;
     require(!statistic->data || statistic->dtype == compute,

@@ -169,7 +169,7 @@ class Norm:
         e = reference.elementwise(self.expr, {n: leaves[n] for n in self.expr.inputs})
         residual = leaves.get("residual", torch.zeros_like(e))
         affine = leaves.get("weight"), leaves.get("bias")
-        y = norm_reference.residual_norm(e, residual, *affine, self.eps, self.p, self.seed)
+        y = norm_reference.residual_norm(e, residual, *affine, self.p, self.eps, self.seed)
         gradients = torch.autograd.grad(y, list(leaves.values()), self.dy.to(kind))
         results = dict(zip(leaves, gradients, strict=True))
         first = results[self.expr.inputs[0]].sum(0)

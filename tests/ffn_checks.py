@@ -64,7 +64,6 @@ def _both(device, gene, dtype, widths, recompute, dropout, rows=37, hidden=40):
     """(mine, exact, torch's): outputs and gradients of one call for all `widths`."""
     leaves = operands(gene, rows, hidden, max(widths), dtype, device)
     seeds = torch.arange(3, 3 + len(widths), device=device)
-    genes = (gene,) * len(widths)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(rows, hidden, generator=generator).to(device, dtype) for _ in widths]
 
@@ -81,7 +80,7 @@ def _both(device, gene, dtype, widths, recompute, dropout, rows=37, hidden=40):
         _served_by_triton(device),
         mock.patch.object(ffn_fused, "forward", wraps=ffn_fused.forward) as used,
     ):
-        settings = (genes, tuple(widths), dropout, 1e-5, recompute)
+        settings = ("\n".join([gene] * len(widths)), tuple(widths), dropout, 1e-5, recompute)
         ys = ffn.run([*leaves, seeds if dropout else None], settings)
         inputs = [x for x in leaves if x is not None]
         mine = [*ys, *torch.autograd.grad(ys, inputs, grads)]

@@ -71,7 +71,7 @@ def truth(expr, inputs, residual, weight, bias, p, upstream, dtype) -> list[Tens
     r = leaves[shared[0]] if shared else residual.to(dtype).clone().requires_grad_()
     w, b = (None if t is None else t.to(dtype).clone().requires_grad_() for t in (weight, bias))
     value = reference.elementwise(expr, dict(zip(expr.inputs, leaves, strict=True)))
-    y = oracle(value, r, w, b, EPS, p, SEED)
+    y = oracle(value, r, w, b, p, EPS, SEED)
     wanted = [*leaves, r, *(t for t in (w, b) if t is not None)]
     gradients = list(torch.autograd.grad(y, wanted, upstream.to(dtype), allow_unused=True))
     for at, t in ((len(leaves) + 1, w), (len(leaves) + 2, b)):
@@ -373,7 +373,7 @@ def bad_values_stay_in_their_row(device: str):
     residual_norm.forward(
         program, [there[0]], there[1], None, None, EPS, threshold(0.5), seed, y, mean, rstd
     )
-    want = oracle(a, r, None, None, EPS, 0.5, SEED)
+    want = oracle(a, r, None, None, 0.5, EPS, SEED)
     torch.testing.assert_close(y.cpu(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert want.isnan().all(1).tolist() == [False, True, True, True, True, True]
 
@@ -391,7 +391,7 @@ def far_rows(path: str, rows: int, stride: int):
     far.copy_(values)
     zero = torch.zeros_like(values)
     residual_norm.forward(program, [far], zero, None, None, EPS, 0, None, near, mean, rstd)
-    want = oracle(values, zero, None, None, EPS)
+    want = oracle(values, zero, None, None, 0.0, EPS)
     torch.testing.assert_close(near, want, rtol=1e-3, atol=1e-3)
     far.fill_(torch.nan)
     residual_norm.forward(program, [values], zero, None, None, EPS, 0, None, far, mean, rstd)

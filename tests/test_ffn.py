@@ -250,7 +250,7 @@ def test_opcheck(name, recompute):
     gene = GENES[name]
     leaves = operands(gene, 6, 8, 5, torch.float32)
     seed = torch.tensor([3])
-    arguments = (*leaves, seed, [gene], [5], 0.1, 1e-5, recompute)
+    arguments = (*leaves, seed, gene, [5], 0.1, 1e-5, recompute)
     torch.library.opcheck(torch.ops.fastffn.ffn.default, arguments)
 
 
@@ -303,7 +303,134 @@ def test_bitwise_equal_on_any_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_operands_that_are_absent_or_strided():
+    """Each optional operand may be None; vectors may have strides."""
+    gene = GENES["gated"]
+    whole = operands(gene, 30, 20, 12, torch.float64)
+    optional = (2, 4, 6, 7, 8)  # biases, and the norm's weight and bias
+    for absent in [(i,) for i in optional] + [optional]:
+        leaves = [None if i in absent else x for i, x in enumerate(whole)]
+        want, same = None, copies(leaves)
+        y, want = run(leaves, gene), oracle(same, gene)
+        torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
+        grad = torch.randn_like(y)
+        pairs = zip(gradients(y, leaves, grad), gradients(want, same, grad), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+    strided = [
+        x.detach().repeat_interleave(2)[::2] if x.dim() == 1 else x.detach().t().contiguous().t()
+        for x in copies(whole, torch.float32)
+    ]
+    dense = [x.contiguous() for x in strided]
+    torch.testing.assert_close(run(strided, gene), run(dense, gene), rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_memory_does_not_show():
+    leaves = [x if x is None else x.detach() for x in operands("", 9, 16, 8, torch.float32)]
+    negative = torch.complex(torch.zeros(9, 16), -leaves[0]).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(
+        run([negative, *leaves[1:]], GENES["plain"]), run(leaves, GENES["plain"])
+    )
+    x = leaves[0].requires_grad_()
+    zero = torch._efficientzerotensor((9, 16))
+    (grad,) = torch.autograd.grad(run(leaves, GENES["plain"]), x, zero)
+    assert grad.abs().max() == 0
+
+
+def test_an_output_may_be_changed_in_place():
+    block, x = FFN(16, "1x1 down(gelu(up(x)))", dropout=0.0), torch.randn(3, 16)
+    y = block(x)
+    want = y.detach() + 1
+    y += 1
+    y.sum().backward()
+    assert torch.equal(y, want) and block.units[0].up.weight.grad is not None
+    elastic = ElasticFFN(16, 1, 16, dropout=0.0)
+    for y in elastic.forward_many(x, ["1x1 down(gelu(up(x)))", "1x1/2 down(tanh(up(x)))"]):
+        y.mul_(2)
+
+
+def test_compiled_training_on_transposed_operands():
+    leaves = operands("", 9, 16, 8, torch.float32)
+    x = leaves[0].detach().view(3, 3, 16).transpose(0, 1).requires_grad_()
+    up = leaves[1].detach().t().contiguous().t().requires_grad_()
+    leaves = [x, up, *leaves[2:]]
+    y = run(leaves, GENES["plain"])
+    compiled = torch.compile(lambda *a: run(a, GENES["plain"]))
+    pairs = zip(
+        gradients(y.square().sum(), leaves, None),
+        gradients(compiled(*leaves).square().sum(), leaves, None),
+        strict=True,
+    )
+    for got, want in pairs:
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("where", ["norm_weight", "norm_bias"])
+def test_a_wider_norm(where):
+    leaves = operands("", 9, 16, 8, torch.float32)
+    index = {"norm_weight": 7, "norm_bias": 8}[where]
+    leaves[index] = leaves[index].detach().double().requires_grad_()
+    exact = copies(leaves, torch.float64)
+    y, want = run(leaves, GENES["plain"]), oracle(exact, GENES["plain"])
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    mine = gradients(y, leaves, torch.ones_like(y))
+    assert mine[index - 2].dtype == torch.float64  # the gate's two are absent
+
+
+def test_a_trace_depends_on_its_input():
+    block = FFN(16, "1x1 down(gelu(up(x)))", dropout=0.0).eval()
+    traced = torch.jit.trace(block, torch.randn(3, 16))
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(traced(x), block(x))
+
+
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("norm", torch.nn.LayerNorm((3, 16))),
+        ("up", torch.nn.Linear(16, 16, bias=False)),
+        ("down", torch.nn.Sequential(torch.nn.Linear(16, 16))),
+    ],
+)
+def test_replaced_modules_do_what_they_do(name, module):
+    block = FFN(16, "1x1 tanh(down(gelu(up(x))))", dropout=0.0)
+    setattr(block.units[0], name, module)
+    unit, x = block.units[0], torch.randn(2, 3, 16)
+    a = torch.nn.functional.gelu(unit.up(x), approximate="tanh")
+    torch.testing.assert_close(block(x), unit.norm(x + torch.tanh(unit.down(a))))
+
+
+def test_a_replacement_that_does_not_fit_is_torchs_error():
+    block = FFN(640, "1x1 down(gelu(up(x)))", dropout=0.0)
+    block.units[0].norm = torch.nn.LayerNorm(16)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        block(torch.randn(2, 640))
+
+
 # The supernet.
+
+
+def test_a_frozen_weight_with_a_gradient_and_a_narrow_gene():
+    block, x = ElasticFFN(16, 1, 16, dropout=0.0), torch.randn(4, 16)
+    block(x, "1x1 down(gelu(up(x)))").sum().backward()
+    bias = block.units[0].up.bias
+    before = bias.grad.clone()
+    bias.requires_grad_(False)
+    block(x, "1x1/2 down(gelu(up(x)))").sum().backward()
+    assert torch.equal(bias.grad, before)
+
+
+def test_autocast_and_a_narrow_gene():
+    block = ElasticFFN(32, 1, 32, dropout=0.0)
+    x, gene = torch.randn(12, 32), "1x1/2 tanh(down(gelu(up(x))))"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block(x, gene)
+    assert y.dtype == torch.float32
+    y.square().sum().backward()
+    torch.testing.assert_close(y, block(x, gene), rtol=0.05, atol=0.05)
+    weight = block.units[0].up.weight
+    assert weight.grad.dtype == torch.float32 and not weight.grad[16:].any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -356,7 +483,7 @@ def test_slices_accumulate_without_zeros(monkeypatch):
     monkeypatch.setattr(slices, "padded", lambda *a: (calls.append(a), padded(*a))[1])
     fast = step()
     assert not calls
-    monkeypatch.setattr(slices, "_only_accumulates", lambda operand: False)
+    monkeypatch.setattr(slices, "_by_addition_alone", lambda leaf: False)
     for a, b in zip(fast, step(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert calls
@@ -395,7 +522,9 @@ def test_hooks_on_the_modules_see_their_calls():
         ({"x": torch.ones(3, 4, dtype=torch.int32)}, "int32"),
         ({"recompute": "some"}, "expected one of none, activation, all"),
         ({"dropout": 1.0}, "probability"),
-        ({"seed": torch.ones(1)}, "seed"),
+        ({"seed": torch.ones(1)}, "expected int64"),
+        ({"seed": torch.tensor(1)}, r"expected int64 \[1\]"),
+        ({"up_bias": torch.ones(6).double()}, "they are one type"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -31,8 +31,8 @@ def check(x, residual, weight, bias, dropout=0.0, grad=None, eps=1e-5):
     exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     same = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
     out = residual_norm(*given_, dropout, eps, seed)
-    want = reference.residual_norm(*same, eps, dropout, 9)
-    true = reference.residual_norm(*exact, eps, dropout, 9)
+    want = reference.residual_norm(*same, dropout, eps, 9)
+    true = reference.residual_norm(*exact, dropout, eps, 9)
     assert out.dtype == want.dtype
     compare(out, true, want, "y")
     if grad is None:
@@ -83,6 +83,29 @@ def test_random_layouts_and_shapes(data):
     bias = data.draw(st.sampled_from([bias, None]))
     grad = data.draw(st.sampled_from([None, torch.ones((), dtype=dtype).expand(rows, columns)]))
     check(x, residual, weight, bias, data.draw(st.sampled_from([0.0, 0.5])), grad)
+
+
+def test_values_that_memory_does_not_show():
+    x, residual, *_ = operands(4, 16, torch.float32)
+    negative = torch.complex(torch.zeros(4, 16), -x).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(residual_norm(negative, residual), residual_norm(x, residual))
+    y = residual_norm(x.requires_grad_(), residual)
+    (grad,) = torch.autograd.grad(y, x, torch._efficientzerotensor((4, 16)))
+    assert grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2, 3])
+def test_one_wider_operand(wide):
+    tensors = operands(6, 45, torch.float32)
+    tensors[wide] = tensors[wide].double()
+    leaves = [t.requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y, want = residual_norm(*leaves), reference.residual_norm(*exact)
+    assert y.dtype == (torch.float64 if wide < 2 else torch.float32)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert [g.dtype for g in grads] == [t.dtype for t in tensors]
 
 
 def test_the_mask_is_the_documented_one(served_by):
@@ -176,6 +199,8 @@ def test_second_gradients_are_refused():
         ({"weight": torch.ones(5)}, "weight is"),
         ({"x": torch.ones(3, 4, dtype=torch.int32)}, "int32"),
         ({"dropout": 1.0}, "probability"),
+        ({"seed": torch.ones(1, dtype=torch.int8)}, "expected int64"),
+        ({"x": torch.ones(3, 0), "residual": torch.ones(3, 0)}, "x"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -110,9 +110,9 @@ def test_gradients(p):
         for _ in range(2)
     )
     assert torch.autograd.gradcheck(
-        lambda *args: residual_norm(*args, 1e-5, p, 3), (x, residual, weight, bias)
+        lambda *args: residual_norm(*args, p, 1e-5, 3), (x, residual, weight, bias)
     )
-    value = residual_norm(x, residual, None, None, 0.0, p, 3)
+    value = residual_norm(x, residual, None, None, p, 0.0, 3)
     torch.testing.assert_close(value.mean(-1), torch.zeros_like(value[..., 0]))
     torch.testing.assert_close(value.var(-1, correction=0), torch.ones_like(value[..., 0]))
 
@@ -124,7 +124,7 @@ def test_what_is_dropped_is_multiplied_by_zero():
     x[0, int((~mask[0]).nonzero()[0])] = torch.inf
     x[1, int((~mask[1]).nonzero()[0])] = torch.nan
     x.requires_grad_()
-    value = residual_norm(x, torch.randn(4, 16), None, None, 1e-5, 0.5, 7)
+    value = residual_norm(x, torch.randn(4, 16), None, None, 0.5, 1e-5, 7)
     assert value.isnan().all(1).tolist() == [True, True, False, False]
     value[2:].pow(3).sum().backward()
     assert (x.grad[2:][~mask[2:]] == 0).all()

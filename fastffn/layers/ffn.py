@@ -128,6 +128,10 @@ def is_plain(module: nn.Module | None, kind: type) -> bool:
     )
 
 
+def _is_autocast(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
 class FFNUnit(nn.Module):
     """One unit of the stack: its weights, and its forward at any width up to theirs.
 
@@ -137,7 +141,8 @@ class FFNUnit(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, gated: bool, layer_norm_eps: float):
         super().__init__()
-        self.width = width  # kept here, since a replacement of `up` need not know it
+        # Kept here, since a replacement of `up` need not know them.
+        self.hidden_size, self.width = hidden_size, width
         self.up = nn.Linear(hidden_size, width)
         self.gate = nn.Linear(hidden_size, width) if gated else None
         self.down = nn.Linear(width, hidden_size)
@@ -157,12 +162,29 @@ class FFNUnit(nn.Module):
         return self.compute(h, plan, dropout, recompute)
 
     def is_fused(self, gated: bool) -> bool:
-        """Whether the op may stand for the modules."""
+        """Whether the op may stand for the modules: they are plain, and fit together."""
+        up, down, norm = self.up, self.down, self.norm
         return (
-            is_plain(self.up, nn.Linear)
-            and is_plain(self.down, nn.Linear)
-            and is_plain(self.norm, nn.LayerNorm)
-            and (not gated or is_plain(self.gate, nn.Linear))
+            is_plain(up, nn.Linear)
+            and is_plain(down, nn.Linear)
+            and is_plain(norm, nn.LayerNorm)
+            and self._fits(up, self.width, self.hidden_size, up.weight.dtype)
+            and self._fits(down, self.hidden_size, self.width, up.weight.dtype)
+            and norm.normalized_shape == (self.hidden_size,)
+            and (not gated or self._gate_is_fused())
+        )
+
+    def _gate_is_fused(self) -> bool:
+        gate, dtype = self.gate, self.up.weight.dtype
+        return is_plain(gate, nn.Linear) and self._fits(gate, self.width, self.hidden_size, dtype)
+
+    @staticmethod
+    def _fits(layer: nn.Linear, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+        weight, bias = layer.weight, layer.bias
+        return (
+            weight.shape == (outputs, inputs)
+            and weight.dtype == dtype
+            and (bias is None or (bias.shape == (outputs,) and bias.dtype == dtype))
         )
 
     def fused(
@@ -170,7 +192,7 @@ class FFNUnit(nn.Module):
     ) -> list[Tensor]:
         """One output per plan; all have the same prologue, and all are gated or none is."""
         up, down, norm = self.up, self.down, self.norm
-        if h.dtype != up.weight.dtype and not torch.is_autocast_enabled(h.device.type):
+        if h.dtype != up.weight.dtype and not _is_autocast(h):
             raise UserError(
                 f"x: {h.dtype} goes into weights of {up.weight.dtype}; "
                 "convert one of them or use torch.autocast"
@@ -188,7 +210,7 @@ class FFNUnit(nn.Module):
             norm.bias,
             None,
         ]
-        texts, widths = tuple(p.text for p in plans), tuple(p.width for p in plans)
+        texts, widths = "\n".join(p.text for p in plans), tuple(p.width for p in plans)
         dropout = dropout if self.training else 0.0
         return op.run(operands, (texts, widths, dropout, norm.eps, recompute))
 

@@ -156,8 +156,8 @@ class EfficientBertAttention(nn.Module):
         )
         output = self.output(mixed.reshape(hidden_states.shape))
         norm, dropout = self.norm, self.dropout
-        if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
-            share = dropout.p if self.training else 0.0
+        if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout) and dropout.p < 1:
+            share = dropout.p if dropout.training else 0.0
             output = residual_norm(output, hidden_states, norm.weight, norm.bias, share, norm.eps)
         else:  # hooks or replacements: the modules are called
             output = norm(hidden_states + dropout(output))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..expr import Program
 from . import backend, reference
 
@@ -49,6 +50,27 @@ class Pass:
         return backend.cpp()[0].cuda_takes(self.native)
 
 
+def in_memory(x: Tensor | None) -> Tensor | None:
+    """The tensor with its values where its address says: some signs and zeros are mere flags."""
+    if x is None or not (x.is_neg() or x._is_zerotensor()):
+        return x
+    return (
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        if x._is_zerotensor()
+        else x.resolve_neg()
+    )
+
+
+def check_seed(op: str, seed: Tensor | None, x: Tensor, count: int) -> None:
+    """Raises a UserError unless `seed` is None or holds `count` seeds where x is."""
+    if seed is None:
+        return
+    if seed.dtype != torch.int64 or seed.shape != (count,):
+        raise UserError(f"{op}: seed is {seed.dtype} {list(seed.shape)}, expected int64 [{count}]")
+    if seed.device != x.device:
+        raise UserError(f"{op}: seed is on {seed.device} and x on {x.device}; move one")
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if a tensor is, else float32."""
     double = any(x is not None and x.dtype == torch.float64 for x in tensors)
@@ -82,8 +104,8 @@ def elementwise(
 ) -> None:
     """Runs the Program over tensors that broadcast to `size`, into `outputs`."""
     engine, where = engine_of(outputs[0])
-    if engine != "reference" and not any(x._is_zerotensor() for x in inputs):
-        inputs = [x.resolve_neg() for x in inputs]  # a sign may be a flag that memory does not show
+    if engine != "reference":
+        inputs = [in_memory(x) for x in inputs]
         if engine == "triton":
             return _triton_elementwise(which.program, size, inputs, outputs)
         module = backend.cpp()[0]

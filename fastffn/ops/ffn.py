@@ -44,7 +44,7 @@ _OPERANDS = (
     "Tensor x, Tensor up, Tensor? up_bias, Tensor? gate, Tensor? gate_bias, Tensor down, "
     "Tensor? down_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? seed"
 )
-_SETTINGS = "str[] genes, int[] widths, float dropout, float eps, str recompute"
+_SETTINGS = "str genes, int[] widths, float dropout, float eps, str recompute"  # genes: a line each
 _COUNT = 10  # operands
 RECOMPUTE = ("none", "activation", "all")
 
@@ -90,8 +90,7 @@ def ffn(
             generator.
 
     Returns:
-        [.., H], of x's dtype (under autocast, and wherever the norm's weight is wider than x: of
-        the norm's). Differentiable once.
+        [.., H] of x's dtype; under autocast float32. Differentiable once.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit each other; an unknown `recompute`.
@@ -99,8 +98,8 @@ def ffn(
     """
     operands = [x, up, up_bias, gate, gate_bias, down, down_bias, norm_weight, norm_bias, seed]
     text = _text(gene)
-    _check(operands, (text,), (up.shape[0],), dropout, recompute)
-    return run(operands, ((text,), (up.shape[0],), dropout, eps, recompute))[0]
+    _check(operands, text, dropout, recompute)
+    return run(operands, (text, (up.shape[0],), dropout, eps, recompute))[0]
 
 
 @constant_result
@@ -109,27 +108,19 @@ def _text(gene: Gene | str) -> str:
 
 
 @constant_result
-def _is_gated(genes: tuple[str, ...]) -> bool:
-    """Whether the genes have a gate; a UserError if they cannot share one call."""
-    plans = [plan(gene) for gene in genes]
-    for other in plans[1:]:
-        same = other.gated == plans[0].gated and str(other.prologue) == str(plans[0].prologue)
-        if not same:
-            raise UserError(
-                "ffn: genes of one call share their prologue and whether they are gated"
-            )
-    return plans[0].gated
+def _is_gated(gene: str) -> bool:
+    return plan(gene).gated
 
 
-def _check(operands, genes: tuple[str, ...], widths, dropout: float, recompute: str) -> None:
+def _check(operands, gene: str, dropout: float, recompute: str) -> None:
     x, up, up_bias, gate, gate_bias, down, down_bias, norm_weight, norm_bias, seed = operands
     if recompute not in RECOMPUTE:
         raise UserError(f"recompute: expected one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     if not 0 <= dropout < 1:
         raise UserError(f"dropout: expected a probability from 0 to below 1, got {dropout!r}")
-    if x.dim() == 0 or up.dim() != 2 or x.shape[-1] != up.shape[1]:
+    if x.dim() == 0 or up.dim() != 2 or x.shape[-1] != up.shape[1] or up.shape[1] == 0:
         raise UserError(f"ffn: x {list(x.shape)} does not go into up {list(up.shape)}")
-    if _is_gated(genes) != (gate is not None):
+    if _is_gated(gene) != (gate is not None):
         raise UserError("ffn: give `gate` exactly if the function has one")
     width, hidden = up.shape
     expected = (
@@ -151,20 +142,19 @@ def _check(operands, genes: tuple[str, ...], widths, dropout: float, recompute: 
             raise UserError(f"ffn: {name} is on {tensor.device} and x on {x.device}; move one")
         if tensor.dtype not in execute.DTYPES:
             raise UserError(f"ffn: {name} is {tensor.dtype}; take a floating-point type")
-    for name, tensor in (("gate", gate), ("down", down)):
+    for name, tensor, _ in expected[1:6]:
         if tensor is not None and tensor.dtype != up.dtype:
             raise UserError(f"ffn: {name} is {tensor.dtype} and up {up.dtype}; they are one type")
     if x.dtype not in execute.DTYPES:
         raise UserError(f"ffn: x is {x.dtype}; take float32, float64, bfloat16 or float16")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != len(genes)):
-        raise UserError("ffn: seed is an int64 tensor of one element")
+    execute.check_seed("ffn", seed, x, 1)
 
 
 def run(operands: Sequence[Tensor | None], settings: tuple) -> list[Tensor]:
     """The op on checked operands (in the order of the schema) and settings, the fast way if there
     is one: without the dispatcher, which is a good part of a small call."""
     if settings[2] > 0 and operands[-1] is None:
-        operands = [*operands[:-1], oracle.draw_seeds(operands[0], len(settings[0]))]
+        operands = [*operands[:-1], oracle.draw_seeds(operands[0], len(settings[1]))]
     if is_transformed():
         return _reference(operands, settings)
     if is_plain([x for x in operands if x is not None]):
@@ -179,7 +169,9 @@ def _reference(operands: Sequence[Tensor | None], settings: tuple) -> list[Tenso
     genes, widths, dropout, eps, _ = settings
     return [
         ffn_reference.ffn(*operands[:-1], seed, gene, width, dropout, eps)
-        for gene, width, seed in zip(genes, widths, _seeds(operands[-1], len(genes)), strict=True)
+        for gene, width, seed in zip(
+            genes.split("\n"), widths, _seeds(operands[-1], len(widths)), strict=True
+        )
     ]
 
 
@@ -187,14 +179,18 @@ def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if seed is None else seed.unbind()
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _call(
-    operands: Sequence[Tensor | None], genes: Sequence[str], widths, dropout: float, eps: float
+    operands: Sequence[Tensor | None], genes: str, widths, dropout: float, eps: float
 ) -> Call:
-    x = operands[0]
+    x, *others = map(execute.in_memory, operands)
     return Call(
-        x.reshape(-1, x.shape[-1]),
-        *operands[1:],
-        [plan(gene) for gene in genes],
+        _rows(x),
+        *others,
+        [plan(gene) for gene in genes.split("\n")],
         widths,
         oracle.threshold(dropout),
         eps,
@@ -211,8 +207,12 @@ def _compute(operands, settings, keep: bool) -> tuple[list[Tensor], list[Tensor]
     genes, widths, dropout, eps, recompute = settings
     x = operands[0]
     call = _call(operands, genes, widths, dropout, eps)
-    outputs, kept = _engine(x, call.up).forward(call, recompute if keep else None)
-    return [y.view(x.shape) for y in outputs], kept
+    outputs = [x.new_empty(x.shape) for _ in widths]
+    # Views of the outputs are filled, not returned: an output of a Function that is a view could
+    # not be changed in place.
+    matrices = [y.view(call.x.shape) for y in outputs]
+    kept = _engine(x, call.up).forward(call, matrices, recompute if keep else None)
+    return outputs, kept
 
 
 def _inference(*arguments) -> list[Tensor]:
@@ -236,7 +236,7 @@ def _leading_gradients(grads, kept, *arguments) -> list[Tensor | None]:
     genes, widths, dropout, eps, recompute = settings
     x = operands[0]
     call = _call(operands, genes, widths, dropout, eps)
-    grads = [grad.reshape(call.x.shape) for grad in grads]
+    grads = [_rows(execute.in_memory(grad)) for grad in grads]
     found = _engine(x, call.up).backward(call, kept, recompute, grads, wants_x, wants_weights)
     gradients = list(vars(found).values())
     if found.x is not None:
@@ -244,31 +244,24 @@ def _leading_gradients(grads, kept, *arguments) -> list[Tensor | None]:
     return gradients
 
 
-def _fake_outputs(operands, genes) -> list[Tensor]:
-    x, norm_weight = operands[0], operands[7]
-    dtype = x.dtype
-    if norm_weight is not None:
-        dtype = torch.promote_types(dtype, norm_weight.dtype)
-    return [x.new_empty(x.shape, dtype=dtype) for _ in genes]
-
-
 def _fake_inference(*arguments) -> list[Tensor]:
-    return _fake_outputs(arguments[:_COUNT], arguments[_COUNT])
+    x, widths = arguments[0], arguments[_COUNT + 1]
+    return [x.new_empty(x.shape) for _ in widths]
 
 
 def _fake_forward(*arguments) -> tuple[list[Tensor], list[Tensor]]:
-    operands, (genes, widths, _, _, recompute) = arguments[:_COUNT], arguments[_COUNT:]
-    x, up, gate = operands[0], operands[1], operands[3]
+    x, up, _, gate, *_, norm_weight, norm_bias, _ = arguments[:_COUNT]
+    _, widths, _, _, recompute = arguments[_COUNT:]
     rows = x.numel() // x.shape[-1]
-    dtype = execute.compute_dtype(x, up)
-    kept = [x.new_empty((2, rows), dtype=dtype) for _ in genes]
+    dtype = execute.compute_dtype(x, up, norm_weight, norm_bias)
+    kept = [x.new_empty((2, rows), dtype=dtype) for _ in widths]
     if recompute != "all":
         total, fused = max(widths) * (1 if gate is None else 2), _engine(x, up) is ffn_fused
-        sizes = [total, *(x.shape[-1] for _ in genes)]
+        sizes = [total, *(x.shape[-1] for _ in widths)]
         sizes += widths if recompute == "none" and not fused else []
         matrix = ffn_fused.matrix if fused else ffn_interpreted.matrix
         kept += [matrix(up, rows, columns) for columns in sizes]
-    return _fake_outputs(operands, genes), kept
+    return _fake_inference(*arguments), kept
 
 
 def _fake_backward(grads, kept, *arguments) -> list[Tensor | None]:
@@ -276,7 +269,7 @@ def _fake_backward(grads, kept, *arguments) -> list[Tensor | None]:
     wanted = [wants_x, *(wants_weights for _ in range(_COUNT - 2))]
     vectors = (2, 4, 6, 7, 8)  # their gradients cost nothing, so they are always there
     return [
-        torch.empty_like(x) if x is not None and (want or i in vectors) else None
+        x.new_empty(x.shape) if x is not None and (want or i in vectors) else None
         for i, (x, want) in enumerate(zip(arguments[: _COUNT - 1], wanted, strict=True))
     ]
 
@@ -326,13 +319,21 @@ def _autograd(*arguments) -> list[Tensor]:
 
 
 def _autocast(device: str, *arguments) -> list[Tensor]:
-    """The products' operands in autocast's type; x keeps its own for the residual."""
+    """The products' operands in autocast's type, the parts of them that are used; x in float32, as
+    torch normalises the sum under autocast."""
     operands, settings = list(arguments[:_COUNT]), arguments[_COUNT:]
-    dtype = torch.get_autocast_dtype(device)
+    dtype, width = torch.get_autocast_dtype(device), max(settings[1])
     if operands[0].dtype != torch.float64:
+        operands[0] = operands[0].float()
         for i in range(1, 7):  # weights and biases of the products
-            if operands[i] is not None and operands[i].is_floating_point():
-                operands[i] = operands[i].to(dtype)
+            x = operands[i]
+            if x is None:
+                continue
+            if i < 5:
+                x = x if x.shape[0] == width else x[:width]
+            elif i == 5:
+                x = x if x.shape[1] == width else x[:, :width]
+            operands[i] = x.to(dtype)
     with torch.autocast(device, enabled=False):
         return run(operands, settings)
 

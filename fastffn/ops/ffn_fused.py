@@ -13,7 +13,6 @@ segments from there.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..expr.genes import Z1, Z2, ZG, X
 from . import backend, execute, row_kernel
 from .ffn_interpreted import Call, Gradients, gradients_of, prologue_of, sources_of
-from .ffn_plan import ADD, COPY, Segment
+from .ffn_plan import ADD, COPY
 
 
 def matrix(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -34,14 +33,9 @@ def _kernels():
     return backend.triton()[0].linear
 
 
-@cache
-def _with_products(segment: Segment, count: int):
-    return segment.value_and_inputs(count)
-
-
 def _first_product(call: Call, p: Tensor) -> Tensor:
     """z alone: [rows, I], or [rows, 2 I] with the gate's part behind the other."""
-    weight, bias = call.expansion()
+    weight, bias = call.expansion
     z = matrix(p, p.shape[0], weight.shape[0])
     _kernels().run(p, [weight.t()], [bias], COPY.program, [], [z])
     return z
@@ -50,16 +44,15 @@ def _first_product(call: Call, p: Tensor) -> Tensor:
 def _activation(call: Call, p: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
     """The activation of the only gene, and z if it is to be kept, from one product."""
     plan, width, rows = call.plans[0], call.width, p.shape[0]
-    parts = [(call.up, call.up_bias)] + [(call.gate, call.gate_bias)] * plan.gated
-    weights = [weight[:width].t() for weight, _ in parts]
-    biases = [bias if bias is None else bias[:width] for _, bias in parts]
+    weights = [weight.t() for weight, _ in call.parts]
+    biases = [bias for _, bias in call.parts]
     a = matrix(p, rows, width)
     extras = [call.x[:, :width]] if plan.middle.reads_x else []
     if not keep:
         _kernels().run(p, weights, biases, plan.middle.value.program, extras, [a])
         return a, None
-    z = matrix(p, rows, width * len(parts))
-    program = _with_products(plan.middle, len(parts))
+    z = matrix(p, rows, width * len(weights))
+    program = plan.middle.value_and_inputs(len(weights))
     _kernels().run(p, weights, biases, program, extras, [a, *z.split(width, dim=1)])
     return a, z
 
@@ -79,20 +72,20 @@ def _activation_from(call: Call, k: int, z: Tensor) -> Tensor:
     return a
 
 
-def forward(call: Call, recompute: str | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the genes, and what is kept: statistics, then z and each z2 but in "all"."""
+def forward(call: Call, outputs: Sequence[Tensor], recompute: str | None) -> list[Tensor]:
+    """Fills the outputs of the genes; returns what is kept: statistics, and but in "all" z and each
+    z2."""
     x, genes = call.x, range(len(call.plans))
     p = prologue_of(call, x)
     keep = recompute in ("none", "activation")
     z = _first_product(call, p) if len(genes) > 1 else None
-    outputs, stats, products = [], [], []
+    stats, products = [], []
     for k in genes:
         if z is None:
             a, z = _activation(call, p, keep)
         else:
             a = _activation_from(call, k, z)
         z2 = _second_product(call, k, a)
-        outputs.append(x.new_empty(x.shape, dtype=call.y_dtype))
         stats.append(x.new_empty((2, x.shape[0]), dtype=call.stat_dtype))
         plan = call.plans[k]
         row_kernel.forward(
@@ -105,12 +98,12 @@ def forward(call: Call, recompute: str | None) -> tuple[list[Tensor], list[Tenso
             call.threshold,
             call.seed_of(k),
             outputs[k],
-            *stats[k],
+            stats[k],
         )
         products.append(z2)
     if recompute is None:
-        return outputs, []
-    return outputs, stats + ([z, *products] if keep else [])
+        return []
+    return stats + ([z, *products] if keep else [])
 
 
 def _kept_products(call: Call, p: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -158,7 +151,7 @@ def backward(
             call.norm_weight,
             call.threshold,
             call.seed_of(k),
-            *kept[k],
+            kept[k],
             grads[k],
             plan.epilogue.gradient,
             [dz2 if name == Z2 else into for name in plan.epilogue.inputs],
@@ -175,15 +168,14 @@ def backward(
             add("down", ddown)
         if not first:
             dx += into
-    weight, _ = call.expansion()
     if wants_weights:
-        total["up"] = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        total["up"] = call.up.new_empty((z.shape[1], x.shape[1]))
         kernels.weight_gradient(dz, p, total["up"])
     if wants_x:
         segment = call.plans[0].prologue
         program = (ADD if segment is None else segment.gradient).program
         extras = [dx] if segment is None else [x, dx]
-        kernels.run(dz, [weight], [None], program, extras, [dx])
+        kernels.run(dz, [call.expansion[0]], [None], program, extras, [dx])
     return gradients_of(call, dx if wants_x else None, total)
 
 

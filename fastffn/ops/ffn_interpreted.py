@@ -9,6 +9,7 @@ Genes that share a prologue share the first product: it is computed once at the 
 each gene takes its leading columns.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,10 +50,7 @@ class Call:
     def __post_init__(self):
         self.width = max(self.widths)
         self.dtype = self.up.dtype
-        self.stat_dtype = compute_dtype(self.x, self.up)
-        self.y_dtype = self.x.dtype
-        if self.norm_weight is not None:
-            self.y_dtype = torch.promote_types(self.x.dtype, self.norm_weight.dtype)
+        self.stat_dtype = compute_dtype(self.x, self.up, self.norm_weight, self.norm_bias)
 
     def slabs(self) -> Iterator[slice]:
         """The pieces of the rows; None stands for all of them."""
@@ -65,14 +63,46 @@ class Call:
         for start in range(0, rows, size):
             yield slice(start, start + size)
 
+    @functools.cached_property
+    def parts(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of up, and of gate if there is one, at the width of this call."""
+        parts = [(self.up, self.up_bias)]
+        parts += [(self.gate, self.gate_bias)] if self.gate is not None else []
+        if self.width == self.up.shape[0]:
+            return parts
+        return [
+            (weight[: self.width], None if bias is None else bias[: self.width])
+            for weight, bias in parts
+        ]
+
+    @functools.cached_property
     def expansion(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the first product: up, or up and gate as one."""
-        up, bias = self.up[: self.width], self.up_bias
-        bias = None if bias is None else bias[: self.width]
-        if self.gate is None:
-            return up, bias
-        weight = torch.cat([up, self.gate[: self.width]])
-        return weight, bias if bias is None else torch.cat([bias, self.gate_bias[: self.width]])
+        if len(self.parts) == 1:
+            return self.parts[0]
+        weights, biases = zip(*self.parts, strict=True)
+        if biases[0] is None and biases[1] is None:
+            return torch.cat(weights), None
+        biases = [w.new_zeros(self.width) if b is None else b for w, b in self.parts]
+        return torch.cat(weights), torch.cat(biases)
+
+    def _is_long(self, rows: int) -> bool:
+        """Whether it pays to put up and gate together: that copies both, 2 I H numbers; else their
+        products are put together, 2 I numbers a row."""
+        return len(self.parts) == 1 or rows > 4 * self.x.shape[1]
+
+    def expand(self, p: Tensor) -> Tensor:
+        """The first product of some rows: [rows, I], or [rows, 2 I] with the gate's part behind."""
+        if self._is_long(p.shape[0]):
+            return linear(p, *self.expansion)
+        return torch.cat([linear(p, *part) for part in self.parts], dim=1)
+
+    def expand_backward(self, dz: Tensor) -> Tensor:
+        """The gradient of p from that of the first product."""
+        if self._is_long(dz.shape[0]):
+            return linear(dz, self.expansion[0].t())
+        (up, _), (gate, _) = self.parts
+        return linear(dz[:, : self.width], up.t()) + linear(dz[:, self.width :], gate.t())
 
     def contraction(self, width: int) -> Tensor:
         """The leading columns of the second product's weight."""
@@ -142,25 +172,24 @@ def _epilogue_inputs(plan: Plan, x: Tensor, z2: Tensor) -> list[Tensor]:
     return [z2 if name == Z2 else x for name in plan.epilogue.inputs]
 
 
-def forward(call: Call, recompute: str | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the genes, and what the backward wants kept besides the operands.
+def forward(call: Call, outputs: Sequence[Tensor], recompute: str | None) -> list[Tensor]:
+    """Fills the outputs of the genes; returns what the backward wants kept besides the operands.
 
     Args:
+        outputs: [rows, H], one per gene.
         recompute: None keeps nothing. "all": mean and rstd of each gene's rows, [2, rows]. And
             "activation": the first product z, and each gene's second product z2. And "none": each
             gene's activation.
     """
     x, genes = call.x, range(len(call.plans))
     rows = x.shape[0]
-    weight, bias = call.expansion()
-    outputs = [x.new_empty(x.shape, dtype=call.y_dtype) for _ in genes]
     stats = [x.new_empty((2, rows), dtype=call.stat_dtype) for _ in genes]
     keep_products = recompute in ("none", "activation")
     kept_z = _Whole(rows)
     kept_z2, kept_a = [_Whole(rows) for _ in genes], [_Whole(rows) for _ in genes]
     for part in call.slabs():
         xs = _rows(x, part)
-        z = linear(prologue_of(call, xs), weight, bias)
+        z = call.expand(prologue_of(call, xs))
         if keep_products:
             kept_z.put(part, z)
         for k in genes:
@@ -170,7 +199,6 @@ def forward(call: Call, recompute: str | None) -> tuple[list[Tensor], list[Tenso
                 kept_z2[k].put(part, z2)
             if recompute == "none":
                 kept_a[k].put(part, a)
-            mean, rstd = stats[k] if part == slice(None) else stats[k][:, part]
             row_kernel.forward(
                 call.plans[k].epilogue.value,
                 _epilogue_inputs(call.plans[k], xs, z2),
@@ -181,15 +209,14 @@ def forward(call: Call, recompute: str | None) -> tuple[list[Tensor], list[Tenso
                 call.threshold,
                 call.seed_of(k),
                 _rows(outputs[k], part),
-                mean,
-                rstd,
+                stats[k] if part == slice(None) else stats[k][:, part],
                 row=part.start or 0,
             )
     if recompute is None:
-        return outputs, []
+        return []
     wholes = [kept_z, *kept_z2] if keep_products else []
     wholes += kept_a if recompute == "none" else []
-    return outputs, stats + [whole.tensor for whole in wholes]
+    return stats + [whole.tensor for whole in wholes]
 
 
 @dataclass
@@ -221,7 +248,6 @@ def backward(
     kept_z = kept[0] if kept else None
     kept_z2 = kept[1 : 1 + count] or [None] * count
     kept_a = kept[1 + count :] or [None] * count
-    weight, bias = call.expansion()
     order = sorted(range(count), key=lambda k: -call.widths[k])  # see `add`
     dx = x.new_empty(x.shape)
     total: dict[str, Tensor] = {}
@@ -239,7 +265,7 @@ def backward(
     for part in call.slabs():
         xs, dxs = _rows(x, part), _rows(dx, part)
         p = prologue_of(call, xs)
-        z = linear(p, weight, bias) if kept_z is None else _rows(kept_z, part)
+        z = call.expand(p) if kept_z is None else _rows(kept_z, part)
         dz = z.new_empty(z.shape)
         for k in order:
             first, plan, width = k == order[0], call.plans[k], call.widths[k]
@@ -249,7 +275,6 @@ def backward(
             into = dxs if first else torch.empty_like(dxs)
             dz2 = torch.empty_like(z2)
             reads_x = plan.epilogue.reads_x
-            mean, rstd = stats[k] if part == slice(None) else stats[k][:, part]
             vectors = row_kernel.backward(
                 plan.epilogue.value,
                 _epilogue_inputs(plan, xs, z2),
@@ -257,8 +282,7 @@ def backward(
                 call.norm_weight,
                 call.threshold,
                 call.seed_of(k),
-                mean,
-                rstd,
+                stats[k] if part == slice(None) else stats[k][:, part],
                 _rows(grads[k], part),
                 plan.epilogue.gradient,
                 _epilogue_inputs(plan, into, dz2),
@@ -277,7 +301,7 @@ def backward(
         if wants_weights:
             add("up", linear(dz.t(), p.t()))
         if wants_x:
-            _prologue_backward(call, xs, linear(dz, weight.t()), dxs)
+            _prologue_backward(call, xs, call.expand_backward(dz), dxs)
     return gradients_of(call, dx if wants_x else None, total)
 
 

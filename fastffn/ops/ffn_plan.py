@@ -31,6 +31,7 @@ class Segment:
         self.inputs = tuple(name for name in order if name in expr.inputs)
         self.reads_x = X in self.inputs
         self._added_to = (X,) if adds and self.reads_x else ()
+        self._with_inputs: dict[int, Program] = {}
 
     def __str__(self) -> str:
         return str(self.expr)
@@ -52,8 +53,11 @@ class Segment:
 
     def value_and_inputs(self, count: int) -> Program:
         """The value, then the first `count` inputs as they are: a product that is kept."""
-        program = self.value.program
-        return replace(program, outputs=(*program.outputs, *range(count)))
+        if count not in self._with_inputs:  # one object each: the kernels know Programs by identity
+            program = self.value.program
+            outputs = (*program.outputs, *range(count))
+            self._with_inputs[count] = replace(program, outputs=outputs)
+        return self._with_inputs[count]
 
     def _gradient(self, value: bool = False) -> Program:
         return backward_program(self.expr, self.inputs, self._added_to, self.inputs, value)

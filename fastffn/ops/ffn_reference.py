@@ -43,5 +43,5 @@ def ffn(
     value = reference.elementwise(parts.epilogue, {Z2: z2, X: x})
     seed = torch.zeros((), dtype=torch.int64) if seed is None else seed
     return residual_norm_reference.residual_norm(
-        value, x, norm_weight, norm_bias, eps, dropout, seed
+        value, x, norm_weight, norm_bias, dropout, eps, seed
     )

@@ -8,7 +8,8 @@ linear layers.
 So: oneDNN for float32 on CPUs that are not Intel's, if torch has it; everything else is torch's own
 choice. Both compute in float32 throughout.
 
-oneDNN takes the weight dense or transposed; on one with any other row stride it falls back to a
+It has a price: 12 microseconds a call instead of 2, so a handful of rows stays with torch. oneDNN
+takes the weight dense or transposed; on one with any other row stride it falls back to a
 scalar loop (a thousand times slower), so a column slice is copied first, which costs a row of the
 product's work.
 """
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+_MIN_ROWS = 16
 
 
 @functools.cache
@@ -60,10 +63,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [rows, N], contiguous.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel():
+    big = x.shape[0] >= _MIN_ROWS and x.shape[1] > 0 and weight.shape[0] > 0
+    if big and x.dtype == torch.float32 and x.device.type == "cpu":
         run = _onednn()
         if run is not None and torch.backends.mkldnn.enabled:
             dense = weight if _is_dense(weight) else weight.contiguous()
+            if bias is not None:
+                bias = bias.contiguous()  # its stride would be ignored
             return run(x, dense, bias, "none", [], "")
     if bias is None:
         return torch.mm(x, weight.t())

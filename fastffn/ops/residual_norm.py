@@ -47,12 +47,12 @@ def residual_norm(
             generator.
 
     Returns:
-        [.., H], of the widest dtype of residual and weight. Differentiable once.
+        [.., H], of the wider dtype of x and residual; under autocast float32. Differentiable once.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit each other.
     """
-    if x.shape != residual.shape or x.dim() == 0:
+    if x.shape != residual.shape or x.dim() == 0 or x.shape[-1] == 0:
         raise UserError(
             f"residual_norm: x {list(x.shape)} and residual {list(residual.shape)}; "
             "both are [.., H] of one shape"
@@ -70,11 +70,15 @@ def residual_norm(
             raise UserError(f"residual_norm: {name} is on {tensor.device} and x on {x.device}")
     if not 0 <= dropout < 1:
         raise UserError(f"dropout: expected a probability from 0 to below 1, got {dropout!r}")
+    execute.check_seed("residual_norm", seed, x, 1)
     if dropout > 0 and seed is None:
         seed = oracle.draw_seeds(x, 1)
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        residual = residual if residual.dtype == torch.float64 else residual.float()
     if is_transformed():
         seed = 0 if seed is None else seed
-        return oracle.residual_norm(x, residual, weight, bias, eps, dropout, seed)
+        return oracle.residual_norm(x, residual, weight, bias, dropout, eps, seed)
     operands = (x, residual, weight, bias, seed)
     function = _autograd if _all_plain(operands) else _op
     return function(*operands, dropout, eps)
@@ -84,31 +88,31 @@ def _all_plain(tensors) -> bool:
     return is_plain([x for x in tensors if x is not None])
 
 
-def _dtype(residual: Tensor, weight: Tensor | None) -> torch.dtype:
-    dtype = residual.dtype
-    return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+def _outputs(x: Tensor, residual: Tensor, weight, bias) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+    statistics = execute.compute_dtype(x, residual, weight, bias)
+    stats = x.new_empty((2, x.numel() // x.shape[-1]), dtype=statistics)
+    return x.new_empty(x.shape, dtype=dtype), stats
 
 
-def _outputs(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // max(1, x.shape[-1])
-    stats = x.new_empty((2, rows), dtype=execute.compute_dtype(x, residual, weight))
-    return x.new_empty(x.shape, dtype=_dtype(residual, weight)), stats
+def _rows(x: Tensor) -> Tensor:
+    x = execute.in_memory(x)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _forward(x, residual, weight, bias, seed, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
-    y, stats = _outputs(x, residual, weight)
-    width = x.shape[-1]
+    y, stats = _outputs(x, residual, weight, bias)
     row_kernel.forward(
         COPY,
-        [x.reshape(-1, width)],
-        residual.reshape(-1, width),
-        weight,
-        bias,
+        [_rows(x)],
+        _rows(residual),
+        execute.in_memory(weight),
+        execute.in_memory(bias),
         eps,
         oracle.threshold(dropout),
         seed,
-        y.view(-1, width),
-        *stats,
+        _rows(y),
+        stats,
     )
     return y, stats
 
@@ -118,20 +122,21 @@ def _inference(*arguments) -> Tensor:
 
 
 def _backward(grad, stats, x, residual, weight, bias, seed, dropout: float) -> list[Tensor | None]:
-    width = x.shape[-1]
-    dx, dresidual = x.new_empty(x.shape), residual.new_empty(residual.shape)
+    dx = x.new_empty(x.shape)
+    same = dropout == 0 and x.dtype == residual.dtype  # then both have one gradient
+    dresidual = dx if same else residual.new_empty(residual.shape)
     vectors = row_kernel.backward(
         COPY,
-        [x.reshape(-1, width)],
-        residual.reshape(-1, width),
-        weight,
+        [_rows(x)],
+        _rows(residual),
+        execute.in_memory(weight),
         oracle.threshold(dropout),
         seed,
-        *stats,
-        grad.reshape(-1, width),
+        stats,
+        _rows(grad),
         COPY_GRADIENT,
-        [dx.view(-1, width)],
-        dresidual.view(-1, width),
+        [_rows(dx)],
+        None if same else _rows(dresidual),
         -1,
         (),
     )
@@ -140,7 +145,7 @@ def _backward(grad, stats, x, residual, weight, bias, seed, dropout: float) -> l
 
 
 def _fake_backward(grad, stats, x, residual, weight, bias, seed, dropout) -> list[Tensor | None]:
-    vectors = [None if v is None else torch.empty_like(v) for v in (weight, bias)]
+    vectors = [None if v is None else v.new_empty(v.shape) for v in (weight, bias)]
     return [x.new_empty(x.shape), residual.new_empty(residual.shape), *vectors]
 
 
@@ -189,12 +194,12 @@ _library.impl("residual_norm", _autograd, "Autograd")
 
 @torch.library.register_fake("fastffn::residual_norm", lib=_library)
 def _(x, residual, weight, bias, seed, dropout, eps):
-    return _outputs(x, residual, weight)[0]
+    return _outputs(x, residual, weight, bias)[0]
 
 
 @torch.library.register_fake("fastffn::residual_norm_forward", lib=_library)
 def _(x, residual, weight, bias, seed, dropout, eps):
-    return _outputs(x, residual, weight)
+    return _outputs(x, residual, weight, bias)
 
 
 torch.library.register_fake("fastffn::residual_norm_backward", _fake_backward, lib=_library)

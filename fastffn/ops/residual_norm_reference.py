@@ -73,10 +73,10 @@ def dropout_mask(seed: int | Tensor, rows: int, columns: int, p: float) -> Tenso
 def residual_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    p: float = 0.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    eps: float = 1e-5,
     seed: int | Tensor = 0,
 ) -> Tensor:
     """layer_norm(residual + dropout(x)) over the last dimension, differentiable.
@@ -84,11 +84,11 @@ def residual_norm(
     Args:
         x, residual: [..., columns]; x is the value of the epilogue's program.
         weight, bias: [columns] or None.
-        p: probability of dropout; 0 reads no seed.
+        dropout: probability; 0 reads no seed.
         seed: see `dropout_mask`.
     """
-    if p > 0:
+    if dropout > 0:
         columns = x.shape[-1]
-        mask = dropout_mask(seed, x.numel() // max(1, columns), columns, p)
-        x = x * (mask.to(x).view(x.shape) * scale(p))  # a dropped NaN stays one
+        mask = dropout_mask(seed, x.numel() // max(1, columns), columns, dropout)
+        x = x * (mask.to(x).view(x.shape) * scale(dropout))  # a dropped NaN stays one
     return F.layer_norm(residual + x, x.shape[-1:], weight, bias, eps)

@@ -24,8 +24,7 @@ def forward(
     threshold: int,
     seed: Tensor | None,
     y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     row: int = 0,
 ) -> None:
     """y = LayerNorm(residual + dropout(program(inputs))); see csrc/residual_norm.h.
@@ -34,13 +33,15 @@ def forward(
         which: a Program of one output over `inputs`.
         threshold: of 65536, how many values drop an element (`residual_norm_reference.threshold`).
         seed: int64, one element, on the tensors' device; None without dropout.
-        mean, rstd: [rows], written in the compute type.
+        stats: [2, rows], written: mean and reciprocal deviation, in the compute type, each dense.
         row: of the dropout mask, for the first row here; other than 0 on the CPU only.
     """
+    if y.numel() == 0:
+        return
     engine, where = engine_of(y)
     if engine == "triton":
         backend.triton()[0].residual_norm.forward(
-            which.program, inputs, residual, weight, bias, eps, threshold, seed, y, mean, rstd
+            which.program, inputs, residual, weight, bias, eps, threshold, seed, y, *stats
         )
     elif (native := which.on(engine)) is not None:
         module = backend.cpp()[0]
@@ -55,20 +56,27 @@ def forward(
             eps,
             threshold,
             seed.data_ptr() if threshold else 0,
-            (mean.data_ptr(), DTYPES[mean.dtype], 1, 0),
-            (rstd.data_ptr(), DTYPES[rstd.dtype], 1, 0),
+            *_statistics(stats),
             matrix(y),
             row,
             *where,
         )
     else:
-        s = _sum(which, inputs, residual, threshold, seed, mean.dtype, row)[0]
+        s = _sum(which, inputs, residual, threshold, seed, stats.dtype, row)[0]
+        mean, rstd = stats
         variance, average = torch.var_mean(s, 1, correction=0)
         mean.copy_(average)
         rstd.copy_((variance + eps).rsqrt())
         normal = (s - mean[:, None]) * rstd[:, None]
         normal = normal if weight is None else normal * _wide(weight, s.dtype)
         y.copy_(normal if bias is None else normal + _wide(bias, s.dtype))
+
+
+def _statistics(stats: Tensor) -> tuple[tuple[int, int, int, int], ...]:
+    """Mean and reciprocal deviation as matrices of one column."""
+    mean, dtype = stats.data_ptr(), DTYPES[stats.dtype]
+    rstd = mean + stats.stride(0) * stats.element_size()
+    return (mean, dtype, 1, 0), (rstd, dtype, 1, 0)
 
 
 def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -94,8 +102,7 @@ def backward(
     weight: Tensor | None,
     threshold: int,
     seed: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     dy: Tensor,
     gradient: Pass,
     gradients: Sequence[Tensor],
@@ -128,13 +135,13 @@ def backward(
         chunk, chunks = chunks_of(rows, engine)
     else:
         return _reference_backward(
-            which, inputs, residual, weight, threshold, seed, mean, rstd, dy, gradient, gradients,
+            which, inputs, residual, weight, threshold, seed, stats, dy, gradient, gradients,
             dresidual, added_to, summed, row,
         )  # fmt: skip
-    sums = dy.new_empty((chunks, 2 + len(summed), columns), dtype=mean.dtype)
+    sums = dy.new_empty((chunks, 2 + len(summed), columns), dtype=stats.dtype)
     if engine == "triton":
         kernels.backward(
-            which.program, gradient.program, inputs, residual, weight, mean, rstd, threshold, seed,
+            which.program, gradient.program, inputs, residual, weight, *stats, threshold, seed,
             dy, gradients, dresidual, added_to, sums, summed,
         )  # fmt: skip
     elif sums.numel():
@@ -151,8 +158,7 @@ def backward(
             0.0,
             threshold,
             seed.data_ptr() if threshold else 0,
-            (mean.data_ptr(), DTYPES[mean.dtype], 1, 0),
-            (rstd.data_ptr(), DTYPES[rstd.dtype], 1, 0),
+            *_statistics(stats),
             matrix(dy),
             natives[1],
             [matrix(x) for x in gradients],
@@ -168,10 +174,11 @@ def backward(
 
 
 def _reference_backward(
-    which, inputs, residual, weight, threshold, seed, mean, rstd, dy, gradient, gradients,
+    which, inputs, residual, weight, threshold, seed, stats, dy, gradient, gradients,
     dresidual, added_to, summed, row,
 ) -> Tensor:  # fmt: skip
-    dtype = mean.dtype
+    dtype = stats.dtype
+    mean, rstd = stats
     s, kept = _sum(which, inputs, residual, threshold, seed, dtype, row)
     normal = (s - mean[:, None]) * rstd[:, None]
     dy = _wide(dy, dtype)
