@@ -157,12 +157,18 @@ def run(operands: Sequence[Tensor | None], settings: tuple) -> list[Tensor]:
         operands = [*operands[:-1], oracle.draw_seeds(operands[0], len(settings[1]))]
     if is_transformed():
         return _reference(operands, settings)
-    if is_plain([x for x in operands if x is not None]):
-        device = operands[0].device.type
-        if torch.is_autocast_enabled(device):
-            return _autocast(device, *operands, *settings)
-        return _autograd(*operands, *settings)
-    return _op(*operands, *settings)
+    if not is_plain([x for x in operands if x is not None]):
+        return _op(*operands, *settings)
+    device = operands[0].device.type
+    if torch.is_autocast_enabled(device):
+        return _autocast(device, *operands, *settings)
+    if _wants_gradients(operands):
+        return list(_FFN.apply(True, settings, *operands))
+    return _inference(*operands, *settings)
+
+
+def _wants_gradients(operands) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
 
 def _reference(operands: Sequence[Tensor | None], settings: tuple) -> list[Tensor]:
@@ -207,10 +213,10 @@ def _compute(operands, settings, keep: bool) -> tuple[list[Tensor], list[Tensor]
     genes, widths, dropout, eps, recompute = settings
     x = operands[0]
     call = _call(operands, genes, widths, dropout, eps)
-    outputs = [x.new_empty(x.shape) for _ in widths]
+    outputs = [execute.dense_like(x, x.dtype) for _ in widths]
     # Views of the outputs are filled, not returned: an output of a Function that is a view could
     # not be changed in place.
-    matrices = [y.view(call.x.shape) for y in outputs]
+    matrices = [y if y.dim() == 2 else y.view(call.x.shape) for y in outputs]
     kept = _engine(x, call.up).forward(call, matrices, recompute if keep else None)
     return outputs, kept
 
@@ -276,8 +282,8 @@ def _fake_backward(grads, kept, *arguments) -> list[Tensor | None]:
 
 class _FFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings, *operands):
-        if is_plain([x for x in operands if x is not None]):
+    def forward(ctx, plain: bool, settings, *operands):
+        if plain:
             outputs, kept = _forward(*operands, *settings)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -296,24 +302,22 @@ class _FFN(torch.autograd.Function):
             )
         saved = ctx.saved_tensors  # once: a checkpoint computes them again at each look
         operands, kept = saved[:_COUNT], saved[_COUNT:]
-        _, wants_x, *wants = ctx.needs_input_grad
+        _, _, wants_x, *wants = ctx.needs_input_grad
         weights = any(wants[i] for i in (0, 2, 4))  # up, gate, down
         plain = is_plain([x for x in (*grads, *saved) if x is not None])
         arguments = list(grads), list(kept), *operands, *ctx.settings, wants_x, weights
         with backend.interpreted(ctx.interpreted):
             if not plain:
-                return None, *_backward_op(*arguments), None
+                return None, None, *_backward_op(*arguments), None
             gradients = _leading_gradients(*arguments)
         pairs = zip(gradients, operands, strict=False)
-        return None, *(accumulated(gradient, operand) for gradient, operand in pairs), None
+        return None, None, *(accumulated(gradient, operand) for gradient, operand in pairs), None
 
 
 def _autograd(*arguments) -> list[Tensor]:
     operands, settings = arguments[:_COUNT], arguments[_COUNT:]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        return list(_FFN.apply(settings, *operands))
-    if is_plain([x for x in operands if x is not None]):
-        return _inference(*arguments)
+    if _wants_gradients(operands):
+        return list(_FFN.apply(False, settings, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         return _op(*arguments)
 

@@ -86,7 +86,9 @@ def forward(call: Call, outputs: Sequence[Tensor], recompute: str | None) -> lis
         else:
             a = _activation_from(call, k, z)
         z2 = _second_product(call, k, a)
-        stats.append(x.new_empty((2, x.shape[0]), dtype=call.stat_dtype))
+        stats.append(None)
+        if recompute is not None:
+            stats[k] = x.new_empty((2, x.shape[0]), dtype=call.stat_dtype)
         plan = call.plans[k]
         row_kernel.forward(
             plan.epilogue.value,

@@ -24,8 +24,8 @@ from .matmul import linear
 
 # Bytes of a slab of the widest intermediate: a good part of the second-level caches. Products of
 # fewer than _MIN_ROWS rows lose more than the cache brings.
-_SLAB_BYTES = 2 << 20
-_MIN_ROWS = 512
+_SLAB_BYTES = 8 << 20
+_MIN_ROWS = 1024
 
 
 @dataclass
@@ -183,7 +183,9 @@ def forward(call: Call, outputs: Sequence[Tensor], recompute: str | None) -> lis
     """
     x, genes = call.x, range(len(call.plans))
     rows = x.shape[0]
-    stats = [x.new_empty((2, rows), dtype=call.stat_dtype) for _ in genes]
+    stats = [None] * len(genes)
+    if recompute is not None:
+        stats = [x.new_empty((2, rows), dtype=call.stat_dtype) for _ in genes]
     keep_products = recompute in ("none", "activation")
     kept_z = _Whole(rows)
     kept_z2, kept_a = [_Whole(rows) for _ in genes], [_Whole(rows) for _ in genes]
@@ -209,7 +211,7 @@ def forward(call: Call, outputs: Sequence[Tensor], recompute: str | None) -> lis
                 call.threshold,
                 call.seed_of(k),
                 _rows(outputs[k], part),
-                stats[k] if part == slice(None) else stats[k][:, part],
+                stats[k] if stats[k] is None or part == slice(None) else stats[k][:, part],
                 row=part.start or 0,
             )
     if recompute is None:

@@ -52,25 +52,7 @@ def residual_norm(
     Raises:
         UserError: shapes, dtypes or devices that do not fit each other.
     """
-    if x.shape != residual.shape or x.dim() == 0 or x.shape[-1] == 0:
-        raise UserError(
-            f"residual_norm: x {list(x.shape)} and residual {list(residual.shape)}; "
-            "both are [.., H] of one shape"
-        )
-    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if name in ("weight", "bias") and tensor.shape != x.shape[-1:]:
-            raise UserError(
-                f"residual_norm: {name} is {list(tensor.shape)}, expected [{x.shape[-1]}]"
-            )
-        if tensor.dtype not in execute.DTYPES:
-            raise UserError(f"residual_norm: {name} is {tensor.dtype}; take a floating-point type")
-        if tensor.device != x.device:
-            raise UserError(f"residual_norm: {name} is on {tensor.device} and x on {x.device}")
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout: expected a probability from 0 to below 1, got {dropout!r}")
-    execute.check_seed("residual_norm", seed, x, 1)
+    _check(x, residual, weight, bias, dropout, seed)
     if dropout > 0 and seed is None:
         seed = oracle.draw_seeds(x, 1)
     device = x.device.type
@@ -80,19 +62,51 @@ def residual_norm(
         seed = 0 if seed is None else seed
         return oracle.residual_norm(x, residual, weight, bias, dropout, eps, seed)
     operands = (x, residual, weight, bias, seed)
-    function = _autograd if _all_plain(operands) else _op
-    return function(*operands, dropout, eps)
+    if not _all_plain(operands):
+        return _op(*operands, dropout, eps)
+    if _wants_gradients(operands):
+        return _ResidualNorm.apply(True, dropout, eps, *operands)
+    return _inference(*operands, dropout, eps)
+
+
+def _check(x, residual, weight, bias, dropout: float, seed) -> None:
+    shape, row, device = x.shape, x.shape[-1:], x.device
+    if shape != residual.shape or not row or row[0] == 0:
+        raise UserError(
+            f"residual_norm: x {list(shape)} and residual {list(residual.shape)}; "
+            "both are [.., H] of one shape"
+        )
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in execute.DTYPES:
+            raise UserError(f"residual_norm: {name} is {tensor.dtype}; take a floating-point type")
+        if tensor.device != device:
+            raise UserError(f"residual_norm: {name} is on {tensor.device} and x on {device}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != row:
+            raise UserError(f"residual_norm: {name} is {list(tensor.shape)}, expected {list(row)}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout: expected a probability from 0 to below 1, got {dropout!r}")
+    execute.check_seed("residual_norm", seed, x, 1)
 
 
 def _all_plain(tensors) -> bool:
     return is_plain([x for x in tensors if x is not None])
 
 
-def _outputs(x: Tensor, residual: Tensor, weight, bias) -> tuple[Tensor, Tensor]:
+def _wants_gradients(operands) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+
+
+def _output(x: Tensor, residual: Tensor) -> Tensor:
     dtype = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
-    statistics = execute.compute_dtype(x, residual, weight, bias)
-    stats = x.new_empty((2, x.numel() // x.shape[-1]), dtype=statistics)
-    return x.new_empty(x.shape, dtype=dtype), stats
+    return execute.dense_like(x, dtype)
+
+
+def _statistics(x: Tensor, residual: Tensor, weight, bias) -> Tensor:
+    dtype = execute.compute_dtype(x, residual, weight, bias)
+    return x.new_empty((2, x.numel() // x.shape[-1]), dtype=dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -100,8 +114,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _forward(x, residual, weight, bias, seed, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
-    y, stats = _outputs(x, residual, weight, bias)
+def _run(x, residual, weight, bias, seed, dropout: float, eps: float, stats) -> Tensor:
+    y = _output(x, residual)
     row_kernel.forward(
         COPY,
         [_rows(x)],
@@ -114,15 +128,20 @@ def _forward(x, residual, weight, bias, seed, dropout: float, eps: float) -> tup
         _rows(y),
         stats,
     )
-    return y, stats
+    return y
+
+
+def _forward(x, residual, weight, bias, seed, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
+    stats = _statistics(x, residual, weight, bias)
+    return _run(x, residual, weight, bias, seed, dropout, eps, stats), stats
 
 
 def _inference(*arguments) -> Tensor:
-    return _forward(*arguments)[0]
+    return _run(*arguments, None)
 
 
 def _backward(grad, stats, x, residual, weight, bias, seed, dropout: float) -> list[Tensor | None]:
-    dx = x.new_empty(x.shape)
+    dx = execute.dense_like(x, x.dtype)
     same = dropout == 0 and x.dtype == residual.dtype  # then both have one gradient
     dresidual = dx if same else residual.new_empty(residual.shape)
     vectors = row_kernel.backward(
@@ -151,8 +170,8 @@ def _fake_backward(grad, stats, x, residual, weight, bias, seed, dropout) -> lis
 
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, dropout: float, eps: float, *operands):
-        if _all_plain(operands):
+    def forward(ctx, plain: bool, dropout: float, eps: float, *operands):
+        if plain:
             y, stats = _forward(*operands, dropout, eps)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -172,15 +191,13 @@ class _ResidualNorm(torch.autograd.Function):
         *operands, stats = ctx.saved_tensors  # once: a checkpoint computes them at each look
         function = _backward if _all_plain((grad, stats, *operands)) else _backward_op
         with backend.interpreted(ctx.interpreted):
-            return None, None, *function(grad, stats, *operands, ctx.dropout), None
+            return None, None, None, *function(grad, stats, *operands, ctx.dropout), None
 
 
 def _autograd(*arguments) -> Tensor:
     *operands, dropout, eps = arguments
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        return _ResidualNorm.apply(dropout, eps, *operands)
-    if _all_plain(operands):
-        return _inference(*arguments)
+    if _wants_gradients(operands):
+        return _ResidualNorm.apply(False, dropout, eps, *operands)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(*arguments)
 
@@ -194,12 +211,12 @@ _library.impl("residual_norm", _autograd, "Autograd")
 
 @torch.library.register_fake("fastffn::residual_norm", lib=_library)
 def _(x, residual, weight, bias, seed, dropout, eps):
-    return _outputs(x, residual, weight, bias)[0]
+    return _output(x, residual)
 
 
 @torch.library.register_fake("fastffn::residual_norm_forward", lib=_library)
 def _(x, residual, weight, bias, seed, dropout, eps):
-    return _outputs(x, residual, weight, bias)
+    return _output(x, residual), _statistics(x, residual, weight, bias)
 
 
 torch.library.register_fake("fastffn::residual_norm_backward", _fake_backward, lib=_library)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backend, reference
 from . import residual_norm_reference as oracle
-from .execute import ABSENT, DTYPES, Pass, chunks_of, engine_of, matrix
+from .execute import ABSENT, DTYPES, Pass, chunks_of, compute_dtype, engine_of, matrix
 
 
 def forward(
@@ -24,7 +24,7 @@ def forward(
     threshold: int,
     seed: Tensor | None,
     y: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
     row: int = 0,
 ) -> None:
     """y = LayerNorm(residual + dropout(program(inputs))); see csrc/residual_norm.h.
@@ -33,15 +33,17 @@ def forward(
         which: a Program of one output over `inputs`.
         threshold: of 65536, how many values drop an element (`residual_norm_reference.threshold`).
         seed: int64, one element, on the tensors' device; None without dropout.
-        stats: [2, rows], written: mean and reciprocal deviation, in the compute type, each dense.
+        stats: [2, rows], written: mean and reciprocal deviation, in the compute type, each dense;
+            or None.
         row: of the dropout mask, for the first row here; other than 0 on the CPU only.
     """
     if y.numel() == 0:
         return
     engine, where = engine_of(y)
     if engine == "triton":
+        mean, rstd = (None, None) if stats is None else stats
         backend.triton()[0].residual_norm.forward(
-            which.program, inputs, residual, weight, bias, eps, threshold, seed, y, *stats
+            which.program, inputs, residual, weight, bias, eps, threshold, seed, y, mean, rstd
         )
     elif (native := which.on(engine)) is not None:
         module = backend.cpp()[0]
@@ -62,8 +64,11 @@ def forward(
             *where,
         )
     else:
-        s = _sum(which, inputs, residual, threshold, seed, stats.dtype, row)[0]
+        if stats is None:
+            dtype = compute_dtype(*inputs, residual, weight, bias)
+            stats = y.new_empty((2, y.shape[0]), dtype=dtype)
         mean, rstd = stats
+        s = _sum(which, inputs, residual, threshold, seed, stats.dtype, row)[0]
         variance, average = torch.var_mean(s, 1, correction=0)
         mean.copy_(average)
         rstd.copy_((variance + eps).rsqrt())
@@ -72,8 +77,10 @@ def forward(
         y.copy_(normal if bias is None else normal + _wide(bias, s.dtype))
 
 
-def _statistics(stats: Tensor) -> tuple[tuple[int, int, int, int], ...]:
+def _statistics(stats: Tensor | None) -> tuple[tuple[int, int, int, int], ...]:
     """Mean and reciprocal deviation as matrices of one column."""
+    if stats is None:
+        return ABSENT, ABSENT
     mean, dtype = stats.data_ptr(), DTYPES[stats.dtype]
     rstd = mean + stats.stride(0) * stats.element_size()
     return (mean, dtype, 1, 0), (rstd, dtype, 1, 0)
