@@ -52,11 +52,11 @@ def test_elementwise(benchmark, operations, direction, size, dtype, device):
     works = works_of({"fastffn": fused, "eager": eager, **compiled(eager, device)}, inputs, grad)
     wide = [x.detach().double().requires_grad_(backward) for x in inputs]
     exact = works_of({"exact": eager}, wide, grad.double() if backward else None)["exact"]
-    check_outputs(works, exact)
+    first = check_outputs(works, exact)
     moved = (len(names) + 1) + (2 * len(names) + 1 if backward else 0)
     floor = floor_seconds(device, dtype, moved * inputs[0].nbytes)
     benchmark.group = f"{operations} operations, {direction}, {size}, {dtype}, {device}"
-    interleave(benchmark, works, "fastffn", 1.0, floor)
+    interleave(benchmark, works, "fastffn", 1.0, floor, first)
 
 
 def unseen_expressions(seed: int = 0):

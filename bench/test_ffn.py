@@ -89,13 +89,13 @@ def test_ffn(benchmark, model, direction, rows, dtype, device):
     leaves = [x.detach().double().requires_grad_(training), *wide.parameters()]
     exact = works_of({"exact": eager(wide)}, leaves, grad.double() if training else None)["exact"]
     works = works_of(functions, inputs, grad)
-    check_outputs(works, exact)
+    first = check_outputs(works, exact)
     if not training:
         works |= works_of({"products alone": products(blocks)}, inputs, None)
     flops = sum(4 * block.gene.stack * rows * hidden * block.width for block in blocks)
     floor = floor_seconds(device, dtype, flops=flops * (3 if training else 1))
     benchmark.group = f"{model}, {direction}, {rows} rows, {dtype}, {device}"
-    interleave(benchmark, works, "fastffn", 3.0, floor)
+    interleave(benchmark, works, "fastffn", 3.0, floor, first)
 
 
 @pytest.mark.parametrize("device", DEVICES)

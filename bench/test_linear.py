@@ -80,8 +80,8 @@ def test_linear(benchmark, which, size, rows):
     for name, function in compiled(eager, "cuda").items():
         works[name] = lambda function=function: function(*inputs)
     wide = [x.double() for x in inputs]
-    check_outputs(works, lambda: eager(*wide))
+    first = check_outputs(works, lambda: eager(*wide))
     traffic = sum(x.nbytes for x in inputs) + tensors[3].nbytes
     floor = floor_seconds("cuda", torch.bfloat16, traffic, 2 * rows * hidden * width)
     benchmark.group = f"{which.__name__}, {size}, {rows} rows, bf16, cuda"
-    interleave(benchmark, works, "fastffn", 1.0, floor)
+    interleave(benchmark, works, "fastffn", 1.0, floor, first)

@@ -46,9 +46,11 @@ def test_residual_norm(benchmark, direction, dropout, width, rows, dtype, device
     wide = [x.detach().double().requires_grad_(backward) for x in inputs]
     compared = contenders(0.0, device)
     exact = works_of(compared, wide, grad.double() if backward else None)["eager"]
-    check_outputs(works_of(compared, inputs, grad), exact)
-    functions = contenders(dropout, device) if dropout else compared
+    works = works_of(compared, inputs, grad)
+    first = check_outputs(works, exact)
+    if dropout:
+        works, first = works_of(contenders(dropout, device), inputs, grad), None
     floor = floor_seconds(device, dtype, (8 if backward else 3) * inputs[0].nbytes)
     what = f"{direction}, dropout {dropout}" if dropout else direction
     benchmark.group = f"residual_norm, {what}, ({rows}, {width}), {dtype}, {device}"
-    interleave(benchmark, works_of(functions, inputs, grad), "fastffn", 1.0, floor)
+    interleave(benchmark, works, "fastffn", 1.0, floor, first)
