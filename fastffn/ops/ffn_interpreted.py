@@ -20,7 +20,7 @@ from ..expr.genes import Z1, Z2, ZG, X
 from . import execute, row_kernel
 from .execute import HALVES, compute_dtype
 from .ffn_plan import Plan, Segment
-from .matmul import linear
+from .matmul import linear, weight_gradient
 
 # Bytes of a slab of the widest intermediate: a good part of the second-level caches. Products of
 # fewer than _MIN_ROWS rows lose more than the cache brings.
@@ -296,12 +296,12 @@ def backward(
             add("vectors", vectors)
             da = linear(dz2, down.t())
             if wants_weights:
-                add("down", linear(dz2.t(), a.t()))
+                add("down", weight_gradient(dz2, a))
             add("up_bias", _middle_backward(call, k, xs, z, da, into, dz, first))
             if not first:
                 dxs += into
         if wants_weights:
-            add("up", linear(dz.t(), p.t()))
+            add("up", weight_gradient(dz, p))
         if wants_x:
             _prologue_backward(call, xs, call.expand_backward(dz), dxs)
     return gradients_of(call, dx if wants_x else None, total)

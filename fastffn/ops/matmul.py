@@ -4,14 +4,17 @@ processor.
 In float32 on a CPU torch multiplies by MKL, which does not use AVX-512 on processors of other
 makers: on a Zen 5 it reached 190 GFLOP/s where oneDNN, which torch carries too, reached 440.
 oneDNN is reachable without linking it, through the operator that torch.compile uses for fused
-linear layers.
-So: oneDNN for float32 on CPUs that are not Intel's, if torch has it; everything else is torch's own
-choice. Both compute in float32 throughout.
+linear layers. So: oneDNN for float32 on CPUs that are not Intel's, if torch has it; everything else
+is torch's own choice. Both compute in float32 throughout.
 
-It has a price: 12 microseconds a call instead of 2, so a handful of rows stays with torch. oneDNN
-takes the weight dense or transposed; on one with any other row stride it falls back to a
-scalar loop (a thousand times slower), so a column slice is copied first, which costs a row of the
-product's work.
+Three traps of it:
+
+- A call costs 12 microseconds instead of 2: a few rows stay with torch.
+- It generates code for each new shape, 1.5 milliseconds, and remembers a thousand. Batches have any
+  number of tokens; so it gets a multiple of 64 rows, and torch the rest.
+- It takes a weight dense or transposed; with any other row stride it falls back to a scalar loop, a
+  thousand times slower, so a column slice is copied first, which costs a row of the product's work.
+  It does not look at the stride of a bias.
 """
 
 import functools
@@ -20,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_MIN_ROWS = 16
+_ROWS = 64  # oneDNN gets multiples of it
 
 
 @functools.cache
@@ -52,6 +55,24 @@ def _is_dense(w: Tensor) -> bool:
     return w.is_contiguous() or w.t().is_contiguous()
 
 
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes x @ weight.T, but for the last rows."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.enabled:
+        return False
+    return x.shape[1] > 0 and weight.shape[0] > 0 and _onednn() is not None
+
+
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dense = weight if _is_dense(weight) else weight.contiguous()
+    return _onednn()(x, dense, None if bias is None else bias.contiguous(), "none", [], "")
+
+
+def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t())
+    return torch.addmm(bias, x, weight.t())
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias.
 
@@ -63,14 +84,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [rows, N], contiguous.
     """
-    big = x.shape[0] >= _MIN_ROWS and x.shape[1] > 0 and weight.shape[0] > 0
-    if big and x.dtype == torch.float32 and x.device.type == "cpu":
-        run = _onednn()
-        if run is not None and torch.backends.mkldnn.enabled:
-            dense = weight if _is_dense(weight) else weight.contiguous()
-            if bias is not None:
-                bias = bias.contiguous()  # its stride would be ignored
-            return run(x, dense, bias, "none", [], "")
-    if bias is None:
-        return torch.mm(x, weight.t())
-    return torch.addmm(bias, x, weight.t())
+    rows = x.shape[0]
+    whole = rows & -_ROWS if _serves(x, weight) else 0
+    if whole == 0:
+        return _torch_linear(x, weight, bias)
+    if whole == rows:
+        return _dense_linear(x, weight, bias)
+    rest = _torch_linear(x[whole:], weight, bias)
+    return torch.cat([_dense_linear(x[:whole], weight, bias), rest])
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad.T @ x, [N, K], for grad [rows, N] and x [rows, K] with any strides."""
+    rows = x.shape[0]
+    whole = rows & -_ROWS if _serves(grad, x.t()) else 0
+    if whole == 0:
+        return torch.mm(grad.t(), x)
+    if whole == rows:
+        return _dense_linear(grad.t(), x.t(), None)
+    product = _dense_linear(grad[:whole].t(), x[:whole].t(), None)
+    return product.addmm_(grad[whole:].t(), x[whole:])
