@@ -137,8 +137,7 @@ def _rows(x: Tensor, part: slice) -> Tensor:
     return x if part == slice(None) else x[part]
 
 
-def _value(segment: Segment, sources: dict[str, Tensor], like: Tensor, dtype) -> Tensor:
-    out = like.new_empty(like.shape, dtype=dtype)
+def _value(segment: Segment, sources: dict[str, Tensor], out: Tensor) -> Tensor:
     inputs = [sources[name] for name in segment.inputs]
     execute.elementwise(segment.value, out.shape, inputs, [out])
     return out
@@ -148,7 +147,7 @@ def prologue_of(call: Call, x: Tensor) -> Tensor:
     segment = call.plans[0].prologue
     if segment is None:
         return x if x.dtype == call.dtype else x.to(call.dtype)
-    return _value(segment, {X: x}, x, call.dtype)
+    return _value(segment, {X: x}, x.new_empty(x.shape, dtype=call.dtype))
 
 
 def sources_of(call: Call, k: int, x: Tensor, z: Tensor) -> dict[str, Tensor]:
@@ -163,9 +162,11 @@ def sources_of(call: Call, k: int, x: Tensor, z: Tensor) -> dict[str, Tensor]:
     return sources
 
 
-def _activation(call: Call, k: int, x: Tensor, z: Tensor) -> Tensor:
+def _activation(call: Call, k: int, x: Tensor, z: Tensor, in_place: bool = False) -> Tensor:
+    """In z's memory if `in_place`: a Program writes its only output at its end."""
     sources = sources_of(call, k, x, z)
-    return _value(call.plans[k].middle, sources, sources[Z1], call.dtype)
+    out = sources[Z1] if in_place else z.new_empty(sources[Z1].shape)
+    return _value(call.plans[k].middle, sources, out)
 
 
 def _epilogue_inputs(plan: Plan, x: Tensor, z2: Tensor) -> list[Tensor]:
@@ -195,7 +196,7 @@ def forward(call: Call, outputs: Sequence[Tensor], recompute: str | None) -> lis
         if keep_products:
             kept_z.put(part, z)
         for k in genes:
-            a = _activation(call, k, xs, z)
+            a = _activation(call, k, xs, z, in_place=not keep_products and len(genes) == 1)
             z2 = linear(a, call.contraction(call.widths[k]), call.down_bias)
             if keep_products:
                 kept_z2[k].put(part, z2)
