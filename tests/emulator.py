@@ -1,7 +1,7 @@
 """csrc/cuda compiled by g++ against tests/cuda_emulator: the CUDA kernels on the CPU, as a module.
 
 `load()` compiles at the first call, into a folder named by the content of all that goes in, so that
-later sessions find it, and returns the module: the functions of csrc/cuda_bindings.cpp on addresses
+later runs find it, and returns the module: the functions of csrc/cuda_bindings.cpp on addresses
 of CPU memory. FASTFFN_SANITIZE is heeded as in csrc/build.py; among others it finds misaligned
 accesses, which a CPU forgives and a device does not.
 """
