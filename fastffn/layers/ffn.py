@@ -171,6 +171,10 @@ class FFNUnit(nn.Module):
             and self._fits(up, self.width, self.hidden_size, up.weight.dtype)
             and self._fits(down, self.hidden_size, self.width, up.weight.dtype)
             and norm.normalized_shape == (self.hidden_size,)
+            and all(
+                vector is None or vector.shape == norm.normalized_shape
+                for vector in (norm.weight, norm.bias)
+            )
             and (not gated or self._gate_is_fused())
         )
 

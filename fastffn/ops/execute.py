@@ -52,13 +52,11 @@ class Pass:
 
 def in_memory(x: Tensor | None) -> Tensor | None:
     """The tensor with its values where its address says: some signs and zeros are mere flags."""
-    if x is None or not (x.is_neg() or x._is_zerotensor()):
-        return x
-    return (
-        torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        if x._is_zerotensor()
-        else x.resolve_neg()
-    )
+    if x is None:
+        return None
+    if x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x.resolve_neg()
 
 
 def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:

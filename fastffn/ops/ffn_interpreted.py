@@ -1,8 +1,7 @@
 """The block by torch's products and interpreted Programs: no gene needs a compilation.
 
-Rows go through the whole unit in slabs, so that every segment finds what the product before it
-wrote in a cache, and temporaries are the size of a slab. A slab's size depends on the widths
-alone: whatever is computed again in the backward is computed in the same pieces by the same calls,
+Rows go through the whole unit in slabs, so that temporaries are the size of a slab, not of the
+batch. A slab's size depends on the widths alone: whatever is computed again in the backward is computed in the same pieces by the same calls,
 and comes out bit for bit the same.
 
 Genes that share a prologue share the first product: it is computed once at the largest width, and
@@ -22,8 +21,8 @@ from .execute import HALVES, compute_dtype
 from .ffn_plan import Plan, Segment
 from .matmul import linear, weight_gradient
 
-# Bytes of a slab of the widest intermediate: a good part of the second-level caches. Products of
-# fewer than _MIN_ROWS rows lose more than the cache brings.
+# Bytes of a slab of the widest intermediate. Shorter slabs were no faster (docs/design.md), and
+# each costs an addition to the weights' gradients: none has fewer than _MIN_ROWS rows.
 _SLAB_BYTES = 8 << 20
 _MIN_ROWS = 1024
 
@@ -53,7 +52,7 @@ class Call:
         self.stat_dtype = compute_dtype(self.x, self.up, self.norm_weight, self.norm_bias)
 
     def slabs(self) -> Iterator[slice]:
-        """The pieces of the rows; None stands for all of them."""
+        """The pieces of the rows; slice(None) if there is but one."""
         rows = self.x.shape[0]
         widest = max(self.x.shape[1], self.width)
         size = max(_MIN_ROWS, _SLAB_BYTES // (widest * self.up.element_size()) & -64)
