@@ -1,8 +1,8 @@
 """The block by torch's products and interpreted Programs: no gene needs a compilation.
 
 Rows go through the whole unit in slabs, so that temporaries are the size of a slab, not of the
-batch. A slab's size depends on the widths alone: whatever is computed again in the backward is computed in the same pieces by the same calls,
-and comes out bit for bit the same.
+batch. A slab's size depends on the widths alone: whatever is computed again in the backward is
+computed in the same pieces by the same calls, and comes out bit for bit the same.
 
 Genes that share a prologue share the first product: it is computed once at the largest width, and
 each gene takes its leading columns.
