@@ -1,102 +1,113 @@
-"""Distillation objectives over padded batches, each a scalar mean over what is real.
+"""Distillation losses as modules: thin, over the functions of `fastffn.functional`.
 
-`attention_relations` compares token-to-token maps (MiniLMv2), `hidden_mse` hidden states,
-`vector_cosine` sentence vectors. A mask is [batch, length], bool or integer, non-zero at real
-tokens. What padding holds, NaN included, changes neither losses nor gradients. No gradient reaches
-a teacher, and one that asks for it is refused: it would train towards the student.
+    HiddenMSE          hidden states, with the projection    TinyBERT, EfficientBERT
+    SoftCrossEntropy   softened classes                      Hinton et al.
+    VectorCosine       sentence vectors
 
-Half precision is summed in float32, float64 stays.
+`forward(student, teacher, attention_mask=None, *, lengths=None)`: of each, as far as it has tokens.
+A mask is [batch, length], bool or integers, non-zero at real tokens; `lengths` says the same for
+right padding. What padding holds, NaN included, changes neither losses nor gradients. No gradient
+reaches a teacher, and one that asks for it is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastffn.errors import UserError
-from fastffn.ops.relation import relation_kl, relation_loss, split_relation_heads
+from .errors import UserError
+from .functional import hidden_mse, soft_cross_entropy, vector_cosine
 
-__all__ = [
-    "attention_relations",
-    "hidden_mse",
-    "relation_kl",
-    "relation_loss",
-    "split_relation_heads",
-    "vector_cosine",
-]
+__all__ = ["HiddenMSE", "SoftCrossEntropy", "VectorCosine"]
 
 
-def attention_relations(
-    student: Mapping[str, Tensor],
-    teacher: Mapping[str, Tensor],
-    relations: Sequence[str] = ("qq", "kk", "vv"),
-    weights: Sequence[float] | None = None,
-    num_heads: int = 48,
-    attention_mask: Tensor | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """`relation_loss` between tensors that carry names, such as `fastffn.capture` gives.
+class HiddenMSE(nn.Module):
+    """Mean squared difference of hidden states, the student's projected to the teacher's width.
+
+    One module for the embeddings and all layers shares the projection between them, as
+    EfficientBERT does; TinyBERT has one for each. See `fastffn.functional.hidden_mse`.
 
     Args:
-        student, teacher: "q", "k", "v" -> [batch, length, width].
-        relations: two letters each; ("qq", "kk", "vv") is MiniLMv2's, ("qk", "vv") MiniLM's.
+        student_width: width of the student's states.
+        teacher_width: None: as the student's.
+        bias: whether the projection has one.
+        project: None: exactly if the widths differ.
+
+    Attributes:
+        projection: nn.Linear, [teacher width, student width], to train and to drop with the loss;
+            or None.
 
     Raises:
-        UserError: a relation of something that was not given, or as `relation_kl`.
+        UserError: the widths differ and `project` is False.
     """
-    for relation in relations:
-        if len(relation) != 2 or not set(relation) <= set(student) & set(teacher):
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int | None = None,
+        bias: bool = True,
+        project: bool | None = None,
+    ):
+        super().__init__()
+        teacher_width = student_width if teacher_width is None else teacher_width
+        differ = student_width != teacher_width
+        if differ and project is False:
             raise UserError(
-                f"relation {relation!r} is unknown: use two letters of "
-                f"{sorted(set(student) & set(teacher))}"
+                f"{student_width} and {teacher_width} wide states can only be compared by a "
+                "projection: leave `project` out"
             )
-    pairs = [(student[a], student[b], teacher[a], teacher[b]) for a, b in relations]
-    return relation_loss(pairs, weights, num_heads, attention_mask, temperature)
+        projects = differ or bool(project)
+        self.projection = nn.Linear(student_width, teacher_width, bias) if projects else None
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """A scalar: the mean over real tokens and the teacher's width."""
+        parameters = ()
+        if self.projection is not None:
+            parameters = (self.projection.weight, self.projection.bias)
+        return hidden_mse(student, teacher, attention_mask, *parameters, lengths=lengths)
 
 
-def hidden_mse(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of hidden states over all real tokens and the width.
+class SoftCrossEntropy(nn.Module):
+    """Cross entropy towards the teacher's softened classes, times the temperature's square.
 
-    A long sentence weighs more than a short one: each token counts the same.
+    Of Hinton et al. (arXiv 1503.02531). See `fastffn.functional.soft_cross_entropy`.
 
     Args:
-        student: [batch, length, width], already projected to the teacher's width.
-        teacher: the same shape.
-
-    Raises:
-        UserError: unequal shapes, a mask that does not fit, or a teacher that requires a gradient.
+        temperature: divides both models' logits.
     """
-    student, teacher = _matched(student, teacher)
-    if attention_mask is None:
-        return ((student - teacher) ** 2).mean()
-    if attention_mask.shape != student.shape[:-1] or attention_mask.is_floating_point():
-        raise UserError(
-            f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}: "
-            f"expected bool or integers of shape {list(student.shape[:-1])}"
+
+    def __init__(self, temperature: float = 1.0):
+        super().__init__()
+        if not temperature > 0:
+            raise UserError(f"temperature {temperature} is not a positive number")
+        self.temperature = temperature
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """A scalar: the mean over the rows that count; logits are [.., classes]."""
+        return soft_cross_entropy(
+            student_logits, teacher_logits, self.temperature, mask, lengths=lengths
         )
-    real = (attention_mask != 0).unsqueeze(-1)
-    difference = torch.where(real, student, 0) - torch.where(real, teacher, 0)
-    return (difference**2).sum() / (real.sum() * student.shape[-1]).clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
 
 
-def vector_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cosine similarity between sentence vectors, [batch, width] each.
+class VectorCosine(nn.Module):
+    """Mean of 1 - cosine similarity between sentence vectors, [batch, width] each."""
 
-    Raises:
-        UserError: unequal shapes, or a teacher that requires a gradient.
-    """
-    return (1 - torch.cosine_similarity(*_matched(student, teacher), dim=-1)).mean()
-
-
-def _matched(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    if student.shape != teacher.shape:
-        raise UserError(
-            f"the student's {list(student.shape)} and the teacher's {list(teacher.shape)} differ "
-            "in shape: project the student to the teacher's width"
-        )
-    if teacher.requires_grad:
-        raise UserError(
-            "the teacher requires a gradient: run it under torch.inference_mode() or detach it"
-        )
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return student.to(dtype), teacher.to(dtype)
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """A scalar from 0 to 2. See `fastffn.functional.vector_cosine`."""
+        return vector_cosine(student, teacher)

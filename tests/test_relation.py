@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastffn.errors import UserError
-from fastffn.losses import attention_relations, hidden_mse, vector_cosine
 from fastffn.ops import relation
 from fastffn.ops.relation import relation_kl, relation_loss, split_relation_heads
 from fastffn.ops.relation_reference import relation_kl_reference
@@ -191,9 +190,6 @@ def test_relation_loss_weighs_and_sums():
     expected = 0.5 * relation_kl(q, q, tq, tq, 3) + 2 * relation_kl(q, k, tq, tk, 3)
     pairs = [(q, q, tq, tq), (q, k, tq, tk)]
     torch.testing.assert_close(relation_loss(pairs, [0.5, 2.0], num_heads=3), expected)
-    student, teacher = {"q": q, "k": k}, {"q": tq, "k": tk}
-    by_name = attention_relations(student, teacher, ("qq", "qk"), [0.5, 2.0], num_heads=3)
-    torch.testing.assert_close(by_name, expected)
 
 
 def test_split_relation_heads_is_a_view():
@@ -228,36 +224,3 @@ def test_bad_input_is_named():
         relation_loss([(a, b, t, u)] * 2, [1.0], num_heads=3)
     with pytest.raises(UserError, match="at least one"):
         relation_loss([])
-    with pytest.raises(UserError, match="'qv' is unknown"):
-        attention_relations({"q": a}, {"q": t}, ("qv",))
-
-
-def test_hidden_mse_counts_real_tokens_only():
-    student, _, teacher, _ = make(2, 4, 12, 12)
-    mask = mask_of([4, 1], 4)
-    real = mask.unsqueeze(-1).expand_as(student)
-    expected = ((student - teacher)[real] ** 2).mean()
-    student = torch.where(real, student, float("nan")).requires_grad_()
-    teacher = torch.where(real, teacher, float("inf"))
-    loss = hidden_mse(student, teacher, mask)
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert student.grad[~real].eq(0).all()
-    assert student.grad[real].isfinite().all()
-    assert hidden_mse(student, teacher, torch.zeros(2, 4, dtype=torch.long)) == 0
-
-
-def test_vector_cosine():
-    x = torch.randn(5, 8)
-    torch.testing.assert_close(vector_cosine(3 * x, x), torch.tensor(0.0), atol=1e-6, rtol=0)
-    torch.testing.assert_close(vector_cosine(-x.half(), x.half()), torch.tensor(2.0))
-
-
-def test_losses_name_bad_input():
-    x = torch.randn(2, 4, 8)
-    with pytest.raises(UserError, match="project the student"):
-        hidden_mse(x, torch.randn(2, 4, 9))
-    with pytest.raises(UserError, match="attention_mask"):
-        hidden_mse(x, x, torch.ones(2, 4))
-    with pytest.raises(UserError, match="requires a gradient"):
-        vector_cosine(x, x.clone().requires_grad_())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastffn.distill.capture import capture
 from fastffn.distill.teacher import sentence_vectors
 from fastffn.errors import UserError
-from fastffn.losses import attention_relations, hidden_mse, vector_cosine
+from fastffn.functional import attention_relations, hidden_mse, vector_cosine
 
 RELATED = ("q", "k", "v")
 PARTS = ("hidden", "relations", "vector")

@@ -1,7 +1,11 @@
 """FLOP counts of the ops for torch.utils.flop_counter: the matrix products, as torch counts."""
 
+import math
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from . import hidden_mse as _hidden_mse  # noqa: F401  its op must be there
 
 
 def _products(x, gate, widths) -> tuple[int, int]:
@@ -29,3 +33,22 @@ def ffn_backward(grads, kept, x, up, up_bias, gate, gate_bias, down, down_bias, 
     again = first + second if recompute == "all" else 0
     weights = first + second if wants_weights else 0
     return again + second + weights + (first if wants_x else 0)
+
+
+def _projection(student, weight) -> int:
+    """Every token counts: how many are real is not to be seen in a shape."""
+    if weight is None:
+        return 0
+    *rows, _ = student
+    return 2 * math.prod(rows) * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.fastffn.hidden_mse)
+def hidden_mse(student, teacher, weight, bias, real, out_shape=None, **_) -> int:
+    return _projection(student, weight)
+
+
+@register_flop_formula(torch.ops.fastffn.hidden_mse_forward)
+def hidden_mse_forward(student, teacher, weight, bias, real, wanted, out_shape=None, **_) -> int:
+    """The projection, and the products of the gradients, which are made with it."""
+    return _projection(student, weight) * (1 + wanted[0] + wanted[1])

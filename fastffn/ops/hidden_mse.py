@@ -1,0 +1,334 @@
+"""The op `fastffn::hidden_mse`: squared error of projected student states, without keeping them.
+
+    P = student @ weight.T + bias       [.., T], or the student itself
+    loss = mean over real tokens and the width of (P - teacher)^2
+
+Rows go in slabs. A slab is projected, compared and summed, and where gradients are wanted theirs
+are made at once, while the difference is there: with D = P - teacher, zero at padding,
+
+    d student = c D weight        d weight = c D^T student        d bias = c sum D        c = 2 / n
+
+Kept for the backward are these three, so as much as student and weight take and nothing of the
+teacher's size, and c: the kept gradients lack the factor, because c is so small that float16 would
+lose them. (Of half precision they lack the power of two in c, whose product rounds nothing.) The
+backward multiplies both by the upstream gradient.
+
+On a CPU the real rows of a padded batch are gathered first, and padding costs nothing. Elsewhere
+that would wait for the device, so padding is computed and masked out. Sums are per row, then per
+slab, then over slabs, so that the loss does not depend on the number of threads.
+
+Why not autograd over the formula: it keeps the projected states and their difference. Why not
+compute gradients in the backward: the product would be made twice.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import execute
+from . import hidden_mse_reference as oracle
+from .elementwise import is_plain, is_transformed
+from .execute import HALVES, compute_dtype
+from .loss_inputs import check_teacher, real_tokens
+from .matmul import linear, weight_gradient
+
+# Bytes of a slab of differences, and the fewest rows: each slab costs an addition to the gradient
+# of the weight. A GPU needs more rows at a time to be busy.
+_SLAB_BYTES = {"cpu": 8 << 20}
+_SLAB_BYTES_ELSEWHERE = 64 << 20
+_MIN_ROWS = 1024
+
+_library = torch.library.Library("fastffn", "FRAGMENT")
+_OPERANDS = "Tensor student, Tensor teacher, Tensor? weight, Tensor? bias, Tensor? real"
+_library.define(f"hidden_mse({_OPERANDS}) -> Tensor")
+_library.define(f"hidden_mse_forward({_OPERANDS}, bool[] wanted) -> (Tensor, Tensor, Tensor?[])")
+
+
+def hidden_mse(
+    student: Tensor,
+    teacher: Tensor,
+    attention_mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+) -> Tensor:
+    """Mean squared difference of hidden states over all real tokens and the width.
+
+    The loss on hidden states and embeddings of TinyBERT (arXiv 1909.10351) and EfficientBERT (arXiv
+    2109.07222), which count padding too; here it is left out. A long sentence weighs more than a
+    short one: each token counts the same.
+
+    Args:
+        student: [batch, length, student width] (any leading dimensions without `lengths`), float32,
+            float64, bfloat16 or float16, any strides.
+        teacher: [batch, length, teacher width]; no gradient flows into it.
+        attention_mask: [batch, length], bool or integers, non-zero at real tokens; None: all real.
+            What padding holds, NaN included, changes nothing and its gradient is 0.
+        weight: [teacher width, student width], of the student's dtype: projects the student. None:
+            the widths are equal.
+        bias: [teacher width] or None.
+        lengths: [batch] integers, instead of a mask of right padding.
+
+    Returns:
+        A scalar, float64 if student or teacher is, else float32: half precision rounds the
+        projected states, as torch does, and nothing after. 0 without tokens. Differentiable once.
+        Under autocast the product is in autocast's type.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit each other, or a teacher that requires
+            a gradient.
+    """
+    _check(student, teacher, weight, bias)
+    real = real_tokens(student.shape[:-1], student.device, attention_mask, lengths)
+    operands = (student, teacher, weight, bias, real)
+    if is_transformed():
+        return oracle.hidden_mse(student, teacher, real, weight, bias)
+    device = student.device.type
+    if not is_plain([x for x in operands if x is not None]):
+        return _op(*operands)
+    if torch.is_autocast_enabled(device):
+        return _autocast(device, *operands)
+    if any(_wanted(operands)):
+        return _HiddenMSE.apply(True, *operands)
+    return _inference(*operands)
+
+
+def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    check_teacher(teacher)
+    named = {"student": student, "teacher": teacher, "weight": weight, "bias": bias}
+    for name, x in named.items():
+        if x is None:
+            continue
+        if x.dtype not in execute.DTYPES:
+            raise UserError(f"hidden_mse: {name} is {x.dtype}; take a floating-point type")
+        if x.device != student.device:
+            raise UserError(f"hidden_mse: {name} is on {x.device}, the student on {student.device}")
+    if student.shape[:-1] != teacher.shape[:-1] or 0 in (student.dim(), teacher.dim()):
+        raise UserError(
+            f"the student's {list(student.shape)} and the teacher's {list(teacher.shape)} are not "
+            "states of the same tokens"
+        )
+    here, there = student.shape[-1], teacher.shape[-1]
+    if weight is None:
+        if bias is not None:
+            raise UserError("hidden_mse: a bias needs a weight; give both or neither")
+        if here != there:
+            raise UserError(
+                f"the student is {here} wide and the teacher {there}: "
+                f"project the student by a weight of [{there}, {here}]"
+            )
+        return
+    if weight.shape != (there, here):
+        raise UserError(
+            f"hidden_mse: weight is {list(weight.shape)}, expected [teacher width, student width] "
+            f"= {[there, here]}"
+        )
+    if bias is not None and bias.shape != (there,):
+        raise UserError(f"hidden_mse: bias is {list(bias.shape)}, expected {[there]}")
+    if torch.is_autocast_enabled(student.device.type):
+        return
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != student.dtype:
+            raise UserError(
+                f"hidden_mse: {name} is {x.dtype} and the student {student.dtype}: "
+                "convert one, or run under autocast"
+            )
+
+
+def _wanted(operands) -> list[bool]:
+    """Whether student, weight and bias want a gradient."""
+    student, _, weight, bias, _ = operands
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in (student, weight, bias)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = execute.in_memory(x)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _slabs(rows: int, row_bytes: int, device: str) -> Iterator[slice]:
+    """The pieces of the rows, by their sizes alone."""
+    size = max(_MIN_ROWS, _SLAB_BYTES.get(device, _SLAB_BYTES_ELSEWHERE) // row_bytes & -64)
+    if rows <= size + size // 2:
+        yield slice(0, rows)
+        return
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _gathers(device: str) -> bool:
+    """Whether real rows are gathered: elsewhere their number is not known without waiting."""
+    return device == "cpu"
+
+
+class _Sums:
+    """Gradients of weight and bias, added up over slabs, in float32 at least."""
+
+    def __init__(self):
+        self.total: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        value = value.float() if value.dtype in HALVES else value
+        self.total[name] = value if name not in self.total else self.total[name] + value
+
+
+def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
+    """(loss, factor, gradients of student, weight and bias without that factor or None)."""
+    shape, dtype, device = student.shape, compute_dtype(student, teacher), student.device.type
+    x, target = _rows(student), _rows(teacher)
+    real = None if real is None else real.reshape(-1)
+    places = None
+    if real is not None and _gathers(device):
+        places = real.nonzero().squeeze(-1)
+        places = None if places.numel() == x.shape[0] else places
+        real = None
+    rows = x.shape[0] if places is None else places.numel()
+    wants_student, wants_weight, wants_bias = wanted
+
+    whole = list(_slabs(rows, target.shape[1] * dtype.itemsize, device))
+    count = x.new_full((), rows, dtype=dtype) if real is None else real.sum().to(dtype)
+    count = (count * target.shape[1]).clamp_(min=1)
+    factor = 2 / count
+    if x.dtype in HALVES:
+        mantissa, exponent = torch.frexp(factor)
+        factor = torch.ldexp(torch.ones_like(factor), exponent)
+    gradient, sums, losses = None, _Sums(), []
+    if wants_student and (places is not None or len(whole) > 1 or rows == 0):
+        gradient = x.new_zeros(x.shape) if places is not None else x.new_empty(x.shape)
+    for part in whole if rows else ():
+        xs, ts = (_take(tensor, part, places) for tensor in (x, target))
+        projected = xs if weight is None else linear(xs, weight, bias)
+        difference = _subtract(projected, ts, dtype, weight is not None)
+        if real is not None:
+            mask = real[part].unsqueeze(-1)
+            difference = torch.where(mask, difference, 0)
+            xs = torch.where(mask, xs, 0) if wants_weight else xs
+        losses.append(torch.linalg.vector_norm(difference, dim=1).square().sum())
+        if not any(wanted):
+            continue
+        if x.dtype in HALVES:
+            difference *= mantissa
+        d = difference.to(x.dtype)
+        if wants_weight:
+            sums.add("weight", _weight_gradient(d, xs))
+        if wants_bias:
+            sums.add("bias", difference.sum(0))
+        if wants_student:
+            dx = d if weight is None else linear(d, weight.t())
+            if gradient is None:
+                gradient = dx.contiguous()
+            elif places is None:
+                gradient[part] = dx
+            else:
+                gradient.index_copy_(0, places[part], dx)
+    if len(losses) == 1:
+        loss = losses[0]
+    else:
+        loss = torch.stack(losses).sum() if losses else x.new_zeros((), dtype=dtype)
+    gradients = [
+        gradient.view(shape) if wants_student else None,
+        sums.total.get("weight", torch.zeros_like(weight) if wants_weight else None),
+        sums.total.get("bias", torch.zeros_like(bias) if wants_bias else None),
+    ]
+    return loss / count, factor, gradients
+
+
+def _take(x: Tensor, part: slice, places: Tensor | None) -> Tensor:
+    if places is None:
+        return x if part.stop - part.start == x.shape[0] else x[part]
+    return x.index_select(0, places[part])
+
+
+def _subtract(projected: Tensor, teacher: Tensor, dtype: torch.dtype, fresh: bool) -> Tensor:
+    """projected - teacher in `dtype`, in the memory of `projected` if that is fresh."""
+    if projected.dtype != dtype:
+        projected, fresh = projected.to(dtype), True
+    teacher = teacher if teacher.dtype == dtype else teacher.to(dtype)
+    return projected.sub_(teacher) if fresh else projected - teacher
+
+
+def _weight_gradient(d: Tensor, x: Tensor) -> Tensor:
+    if d.dtype == torch.float16:  # without the factor, its sums exceed float16's range
+        d, x = d.float(), x.float()
+    return weight_gradient(d, x)
+
+
+def _inference(*operands) -> Tensor:
+    return _compute(*operands, (False, False, False))[0]
+
+
+def _fake(student, teacher, weight, bias, real) -> Tensor:
+    return student.new_empty((), dtype=compute_dtype(student, teacher))
+
+
+def _fake_forward(student, teacher, weight, bias, real, wanted):
+    loss, dtype = _fake(student, teacher, weight, bias, real), compute_dtype(student)
+    dtypes = (student.dtype, dtype, dtype)
+    gradients = [
+        x.new_empty(x.shape, dtype=kept) if want else None
+        for want, x, kept in zip(wanted, (student, weight, bias), dtypes, strict=True)
+    ]
+    return loss, torch.empty_like(loss), gradients
+
+
+class _HiddenMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plain: bool, *operands):
+        _, wants_student, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wanted = [wants_student, wants_weight, wants_bias]
+        if plain:
+            loss, factor, gradients = _compute(*operands, wanted)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                loss, factor, gradients = _forward_op(*operands, wanted)
+        student, _, weight, bias, _ = operands
+        ctx.dtypes = [None if x is None else x.dtype for x in (student, weight, bias)]
+        ctx.save_for_backward(factor, *gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # once_differentiable lets some double backwards pass, and lie
+            raise RuntimeError(
+                "fastffn: gradients of gradients (create_graph=True) are not available here; "
+                "use fastffn.ops.hidden_mse_reference.hidden_mse"
+            )
+        factor, *kept = ctx.saved_tensors
+        factor = factor * grad
+        student, weight, bias = (
+            None if x is None else (x.to(factor.dtype) * factor).to(dtype)
+            for x, dtype in zip(kept, ctx.dtypes, strict=True)
+        )
+        return None, student, None, weight, bias, None
+
+
+def _autograd(*operands) -> Tensor:
+    if any(_wanted(operands)):
+        return _HiddenMSE.apply(False, *operands)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*operands)
+
+
+def _autocast(device: str, student, teacher, weight, bias, real) -> Tensor:
+    if weight is not None and student.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        student, weight = student.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return hidden_mse(student, teacher, real, weight, bias)
+
+
+for _device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+    _library.impl("hidden_mse", _inference, _device)
+    _library.impl("hidden_mse_forward", _compute, _device)
+_library.impl("hidden_mse", _autograd, "Autograd")
+_library.impl("hidden_mse", lambda *operands: _autocast("cpu", *operands), "AutocastCPU")
+_library.impl("hidden_mse", lambda *operands: _autocast("cuda", *operands), "AutocastCUDA")
+torch.library.register_fake("fastffn::hidden_mse", _fake, lib=_library)
+torch.library.register_fake("fastffn::hidden_mse_forward", _fake_forward, lib=_library)
+_op = torch.ops.fastffn.hidden_mse.default
+_forward_op = torch.ops.fastffn.hidden_mse_forward.default
