@@ -19,6 +19,8 @@ _LAZY = {
     "EfficientBertForMaskedLM": "models",
     "EfficientBertForSequenceClassification": "models",
     "capture": "distill.capture",
+    "layer_map": "distill.layers",
+    "relation_layer": "distill.layers",
 }
 _SUBPACKAGES = (
     "compress",

@@ -12,6 +12,7 @@ from fractions import Fraction
 from torch import nn
 
 from fastffn.compress.options import Options
+from fastffn.distill.layers import layer_map
 from fastffn.errors import UserError
 from fastffn.evaluate.size import count
 from fastffn.expr import Gene, gene_cost
@@ -80,8 +81,7 @@ def default_layers(number: int) -> tuple[int, ...]:
     to the last (0, 2, 5) left all-MiniLM-L6-v2 with a rank correlation of 0.877 where these three
     reached 0.885, after 400 steps of 64 sentences.
     """
-    wanted = max(1, number // 2)
-    return tuple(number * (k + 1) // wanted - 1 for k in range(wanted))
+    return tuple(teacher for _, teacher in layer_map(max(1, number // 2), number))
 
 
 def choose(teacher: nn.Module, options: Options) -> Shape:

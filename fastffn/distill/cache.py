@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastffn.distill.capture import capture, encoder_layers
+from fastffn.distill.architectures import Encoder
+from fastffn.distill.capture import capture
 from fastffn.distill.teacher import Teacher, sentence_vectors
 from fastffn.errors import UserError
 from fastffn.files import write_text_atomic
@@ -97,7 +98,7 @@ class TeacherCache:
         """
         if not sentences:
             raise UserError("no sentences to compute teacher outputs for: give text")
-        count = len(encoder_layers(teacher.model))
+        count = len(Encoder(teacher.model).layers)
         work = _Work(
             teacher,
             *_tokenise(teacher.tokenizer, sentences, max_length),

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastffn.distill.capture import encoder_layers, projections
+from fastffn.distill.architectures import Encoder
 from fastffn.errors import UserError
 
 DEFAULT_TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -155,8 +155,10 @@ def _check_structure(model: nn.Module, name: str) -> None:
     try:
         embedding = model.embeddings.word_embeddings
         parts = [embedding]
-        for layer in encoder_layers(model):
-            parts += [*projections(layer).values(), layer.intermediate.dense, layer.output.dense]
+        for layer in Encoder(model).layers:
+            attention = layer.attention.self
+            parts += [attention.query, attention.key, attention.value]
+            parts += [layer.intermediate.dense, layer.output.dense]
     except (AttributeError, UserError):
         raise UserError(
             f"teacher {name} is no BERT-like encoder ({type(model).__name__}): choose one with "

@@ -1,0 +1,242 @@
+"""The encoders whose insides are known: where their layers are, and what makes q, k and v there.
+
+One row per structure, looked up by `config.model_type`, so that subclasses and heads are covered.
+A model that transformers does not know by type (a class of one's own) is told by its attributes
+instead, if it has BERT's modules under BERT's names, or those of fastffn's models. One of
+transformers' own that has no row is refused, whatever its attributes: Longformer has BERT's names
+and holds its activations transposed, LayoutLMv2 adds position terms to the scores.
+
+Each row was checked against the sources of transformers 5 and is tested against hand-made
+projections (tests/test_capture.py). To add one, add it here and to the test.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastffn.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where things are in one kind of encoder.
+
+    Attributes:
+        layers: path from the encoder to its `ModuleList` of layers.
+        attention: path from a layer to the module whose children are the projections.
+        projections: the three that make q, k and v, or one that makes them side by side.
+        rotary: the attention rotates q and k after their projection, and is handed
+            `position_embeddings`, (cos, sin) of [batch or 1, length, head width].
+        no_scores: why its attention scores are not q k^T / sqrt(head width) alone; "": they are.
+        after_first: path from the encoder to a module, where there is one, that works on the first
+            layer's output before the second layer sees it.
+    """
+
+    layers: str = "encoder.layer"
+    attention: str = "attention.self"
+    projections: tuple[str, ...] = ("query", "key", "value")
+    rotary: bool = False
+    no_scores: str = ""
+    after_first: str = ""
+
+
+_BERT = Architecture()
+_EFFICIENT_BERT = Architecture(attention="attention")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": _BERT,
+    "camembert": _BERT,
+    "data2vec-text": _BERT,
+    "electra": _BERT,
+    "ernie": _BERT,
+    "megatron-bert": _BERT,
+    "roberta": _BERT,
+    "roberta-prelayernorm": _BERT,
+    "xlm-roberta": _BERT,
+    "xlm-roberta-xl": _BERT,
+    "efficientbert": _EFFICIENT_BERT,
+    "distilbert": Architecture(
+        layers="transformer.layer",
+        attention="attention",
+        projections=("q_lin", "k_lin", "v_lin"),
+    ),
+    "mpnet": Architecture(
+        attention="attention.attn",
+        projections=("q", "k", "v"),
+        no_scores="it adds a bias for relative positions to q k^T",
+    ),
+    "deberta-v2": Architecture(
+        projections=("query_proj", "key_proj", "value_proj"),
+        no_scores="they are not q k^T alone but the sum of disentangled position terms too",
+        after_first="encoder.conv",
+    ),
+    "modernbert": Architecture(
+        layers="layers",
+        attention="attn",
+        projections=("Wqkv",),
+        rotary=True,
+    ),
+}
+
+_UNNAMED = "its class is not known, and BERT's structure does not say how it makes them"
+_BY_ATTRIBUTES = tuple(
+    dataclasses.replace(known, no_scores=_UNNAMED) for known in (_BERT, _EFFICIENT_BERT)
+)
+
+
+class Encoder:
+    """The base of a model, with its architecture.
+
+    Args:
+        model: an encoder or a model with heads on top of one, as it is or wrapped by
+            DataParallel, DistributedDataParallel or torch.compile.
+
+    Attributes:
+        base: the encoder itself, without heads and wrappers.
+        architecture: its row.
+        layers: all its layers, those too that a capture has switched off for now.
+
+    Raises:
+        UserError: a structure that is not known.
+    """
+
+    def __init__(self, model: nn.Module):
+        model = unwrapped(model)
+        self.base: nn.Module = getattr(model, "base_model", model)
+        self.architecture = _architecture(self.base)
+        layers = find(self.base, self.architecture.layers)
+        self.layers: nn.ModuleList = layers.whole if isinstance(layers, Shortened) else layers
+
+    def attention(self, layer: int) -> nn.Module:
+        """The module whose children are the projections."""
+        return find(self.layers[layer], self.architecture.attention)
+
+    def projections(self, layer: int) -> tuple[nn.Module, ...]:
+        """The modules that make q, k and v, or the one that makes all three.
+
+        Raises:
+            UserError: the layer has another structure than its architecture says.
+        """
+        return _projections(self.layers[layer], self.architecture)
+
+    def output(self, layer: int) -> nn.Module:
+        """The module whose output the next layer sees."""
+        after = self.architecture.after_first
+        after = find(self.base, after) if after and layer == 0 else None
+        return self.layers[layer] if after is None else after
+
+    def why_no_scores(self, layer: int) -> str:
+        """Why q and k of a layer do not give the scores of its attention; "": they do."""
+        config = getattr(self.base, "config", None)
+        if self.architecture.no_scores:
+            return self.architecture.no_scores
+        if getattr(config, "is_decoder", False):
+            return "it is a decoder and hides later tokens from earlier ones"
+        kinds = getattr(config, "layer_types", None) or ()
+        if layer < len(kinds) and kinds[layer] != "full_attention":
+            whole = [k for k, kind in enumerate(kinds) if kind == "full_attention"]
+            return (
+                f"layer {layer} sees a window of its neighbours only, layers "
+                f"{', '.join(map(str, whole))} see all tokens"
+            )
+        return ""
+
+    @contextlib.contextmanager
+    def shortened(self, count: int) -> Iterator[None]:
+        """Within the block a forward runs the first `count` layers only."""
+        place, _, name = self.architecture.layers.rpartition(".")
+        holder = find(self.base, place)
+        before = getattr(holder, name)
+        setattr(holder, name, Shortened(self.layers, count))
+        try:
+            yield
+        finally:
+            setattr(holder, name, before)
+
+    def running(self) -> int:
+        """How many layers a forward runs now."""
+        return len(find(self.base, self.architecture.layers))
+
+
+class Shortened(nn.ModuleList):
+    """The first `count` of some layers to whoever walks or indexes them, all of them to torch.
+
+    Parameters, `state_dict`, `modules()` and devices see every layer under its usual name. Why not
+    a shorter `ModuleList`: transformers installs its recorders of hidden states on the layers that
+    it finds at the first call that asks for them, once and for all, so layers that were missing
+    then would never be recorded.
+    """
+
+    def __init__(self, whole: nn.ModuleList, count: int):
+        super().__init__()
+        self._modules = whole._modules
+        self.__dict__.update(whole=whole, count=count)
+
+    def __iter__(self):
+        return iter(list(self._modules.values())[: self.count])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        return list(self)[index]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile's wrapper."""
+    while True:
+        inner = [model._modules.get(name) for name in ("module", "_orig_mod")]
+        inner = [module for module in inner if module is not None]
+        if not inner:
+            return model
+        model = inner[0]
+
+
+def find(module: nn.Module | None, path: str) -> nn.Module | None:
+    """The submodule at a dotted path ("": the module itself); None if there is none."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, None)
+    return module
+
+
+def _projections(layer: nn.Module, architecture: Architecture) -> tuple[nn.Module, ...]:
+    attention = find(layer, architecture.attention)
+    found = tuple(getattr(attention, name, None) for name in architecture.projections)
+    if not all(isinstance(module, nn.Module) for module in found):
+        *first, last = architecture.projections
+        names = f"{', '.join(first)} and {last}" if first else last
+        raise UserError(
+            f"{type(layer).__name__} has no {names} at {architecture.attention}: it is not built "
+            "as its architecture says"
+        )
+    return found
+
+
+def _architecture(base: nn.Module) -> Architecture:
+    config = getattr(base, "config", None)
+    kind = getattr(config, "model_type", None)
+    rows = [ARCHITECTURES[kind]] if kind in ARCHITECTURES else []
+    foreign = not rows and type(config).__module__.startswith("transformers.")
+    if not foreign:
+        rows += _BY_ATTRIBUTES
+    built = [row for row in rows if _has_layers(base, row)]
+    for row in built:
+        found = find(find(base, row.layers)[0], row.attention)
+        if all(isinstance(getattr(found, name, None), nn.Module) for name in row.projections):
+            return row
+    if built:
+        _projections(find(base, built[0].layers)[0], built[0])
+    named = f"{type(base).__name__} (model_type {kind})" if kind else type(base).__name__
+    raise UserError(
+        f"{named} is no BERT-like encoder that is known here: known are "
+        f"{', '.join(sorted(ARCHITECTURES))} with any head, and classes of your own that have "
+        "BERT's modules under BERT's names; give one of those"
+    )
+
+
+def _has_layers(base: nn.Module, architecture: Architecture) -> bool:
+    layers = find(base, architecture.layers)
+    return isinstance(layers, nn.ModuleList) and len(layers) > 0
