@@ -181,15 +181,15 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
     shape, dtype, device = student.shape, compute_dtype(student, teacher), student.device.type
     x, target = _rows(student), _rows(teacher)
     real = None if real is None else real.reshape(-1)
-    places = None
+    places = padding = None
     if real is not None and _gathers(device):
-        places = real.nonzero().squeeze(-1)
-        places = None if places.numel() == x.shape[0] else places
+        places, padding = (which.nonzero().squeeze(-1) for which in (real, ~real))
+        places = None if padding.numel() == 0 else places
         real = None
     rows = x.shape[0] if places is None else places.numel()
     wants_student, wants_weight, wants_bias = wanted
 
-    whole = list(_slabs(rows, target.shape[1] * dtype.itemsize, device))
+    slabs = list(_slabs(rows, target.shape[1] * dtype.itemsize, device)) if rows else []
     count = x.new_full((), rows, dtype=dtype) if real is None else real.sum().to(dtype)
     count = (count * target.shape[1]).clamp_(min=1)
     factor = 2 / count
@@ -197,12 +197,14 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
         mantissa, exponent = torch.frexp(factor)
         factor = torch.ldexp(torch.ones_like(factor), exponent)
     gradient, sums, losses = None, _Sums(), []
-    if wants_student and (places is not None or len(whole) > 1 or rows == 0):
-        gradient = x.new_zeros(x.shape) if places is not None else x.new_empty(x.shape)
-    for part in whole if rows else ():
+    if wants_student and (places is not None or len(slabs) != 1):
+        gradient = x.new_empty(x.shape)
+        if places is not None:
+            gradient.index_fill_(0, padding, 0)
+    for part in slabs:
         xs, ts = (_take(tensor, part, places) for tensor in (x, target))
         projected = xs if weight is None else linear(xs, weight, bias)
-        difference = _subtract(projected, ts, dtype, weight is not None)
+        difference = _subtract(projected, ts, dtype, weight is not None or places is not None)
         if real is not None:
             mask = real[part].unsqueeze(-1)
             difference = torch.where(mask, difference, 0)
@@ -225,10 +227,7 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
                 gradient[part] = dx
             else:
                 gradient.index_copy_(0, places[part], dx)
-    if len(losses) == 1:
-        loss = losses[0]
-    else:
-        loss = torch.stack(losses).sum() if losses else x.new_zeros((), dtype=dtype)
+    loss = torch.stack(losses).sum() if losses else x.new_zeros((), dtype=dtype)
     gradients = [
         gradient.view(shape) if wants_student else None,
         sums.total.get("weight", torch.zeros_like(weight) if wants_weight else None),
