@@ -4,9 +4,7 @@ import pytest
 import torch
 import transformers
 from encoders import HEADS, KNOWN, LAYERS, WIDTH, batch, config, encoder
-from torch import nn
 
-import fastffn
 from fastffn import capture
 from fastffn.distill.architectures import ARCHITECTURES, Encoder, find
 from fastffn.errors import UserError
@@ -281,125 +279,6 @@ def test_captures_of_one_model_nest():
     assert hooks(model) == before
 
 
-# -- training ------------------------------------------------------------------------------------
-
-
-def test_a_student_learns_through_what_is_captured():
-    student, teacher = encoder("efficientbert"), encoder("distilbert")
-    with (
-        capture(student, -1, ("q", "hidden", "embeddings", "scores")) as ours,
-        torch.inference_mode(),
-        capture(teacher, 1, ("q", "hidden", "scores"), stop=True) as theirs,
-    ):
-        teacher(**batch())
-        with torch.inference_mode(False):
-            student(**batch())
-    assert not theirs["q"].requires_grad
-    for tensor in (ours["q"], ours["scores"].k, ours["hidden"], ours["embeddings"]):
-        student.zero_grad()
-        tensor.square().sum().backward(retain_graph=True)
-        assert student.embeddings.word_embeddings.weight.grad.abs().sum() > 0
-    target = theirs["q"].clone()
-    student.zero_grad()
-    (ours["q"] - target).square().mean().backward()
-    assert student.encoder.layer[2].attention.query.weight.grad.abs().sum() > 0
-    assert student.encoder.layer[2].attention.value.weight.grad is None
-
-
-def test_the_last_forward_counts():
-    model = encoder("bert")
-    with capture(model, 0, "q") as states:
-        model(**batch())
-        first = states["q"]
-        model(**batch(length=4, shortest=2))
-    assert first.shape == (2, 9, WIDTH) and states["q"].shape == (2, 4, WIDTH)
-
-
-@pytest.mark.parametrize("kind", ["bert", "deberta-v2", "modernbert", "efficientbert"])
-def test_gradient_checkpointing_keeps_the_first_computation(kind):
-    gradients = []
-    for checkpointing in (False, True):
-        model = encoder(kind).train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        with capture(model, 1) as states:
-            model(**batch())
-            before = dict(states)
-            (states["q"].square().sum() + states["hidden"].square().sum()).backward()
-            assert all(states[name] is before[name] for name in before)
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) > 10
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_reentrant_checkpointing_is_refused():
-    model = encoder("bert").train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(UserError, match="use_reentrant=True"), capture(model, 1):
-        model(**batch())
-
-
-def test_a_model_in_distributed_data_parallel():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = encoder("bert", "ForMaskedLM")
-        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        with capture(wrapped, 1) as states:
-            wrapped(**batch())
-        states["q"].sum().backward()
-        with capture(model, 1) as expected:
-            model(**batch())
-        assert torch.equal(states["q"], expected["q"])
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_data_parallel_on_one_device_and_on_several():
-    model = encoder("bert")
-    with capture(nn.DataParallel(model), 1) as states:
-        nn.DataParallel(model)(**batch())
-    assert states["q"].shape == (2, 9, WIDTH)
-    with pytest.raises(UserError, match="DataParallel splits the batch"), capture(model, 0):
-        replica = model.encoder.layer[0]._replicate_for_data_parallel()
-        replica(torch.zeros(1, 2, WIDTH))
-
-
-@pytest.mark.parametrize("stop", [False, True])
-def test_a_compiled_model_stays_compiled(stop):
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    model = encoder("bert")
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for _ in range(3):
-        with capture(compiled, 1, ("q", "hidden", "scores"), stop=stop) as states:
-            compiled(**batch())
-        with capture(model, 1, ("q", "hidden")) as expected:
-            model(**batch())
-        torch.testing.assert_close(states["q"], expected["q"])
-        torch.testing.assert_close(states["hidden"], expected["hidden"])
-    assert graphs
-
-
-def test_a_model_compiled_without_the_hooks_is_told():
-    torch._dynamo.reset()
-    model = encoder("bert")
-    compiled = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        compiled(**batch())
-        with pytest.raises(UserError, match="called in such blocks only"), capture(compiled, 1):
-            compiled(**batch())
-
-
 # -- what is refused -----------------------------------------------------------------------------
 
 
@@ -466,48 +345,3 @@ def test_activations_without_padding_are_refused():
     with pytest.raises(UserError, match=r"activations as \[7, 32\]"), capture(model, 0, "hidden"):
         layer.register_forward_hook(lambda *_: torch.zeros(7, WIDTH), prepend=True)
         layer(torch.zeros(1, 2, WIDTH))
-
-
-# -- which layers --------------------------------------------------------------------------------
-
-
-def test_relation_layers_of_the_paper():
-    assert fastffn.relation_layer(transformers.BertConfig()) == 11
-    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-    assert fastffn.relation_layer(transformers.BertConfig(**large)) == 20
-    assert fastffn.relation_layer(transformers.RobertaConfig(**large)) == 18
-    assert fastffn.relation_layer(transformers.XLMRobertaConfig(**large)) == 18
-    assert fastffn.relation_layer(transformers.DistilBertConfig()) == 5
-    model = encoder("electra", "ForMaskedLM")
-    assert fastffn.relation_layer(model) == LAYERS - 1
-    with capture(model, fastffn.relation_layer(model), "q"):
-        model(**batch())
-    with pytest.raises(UserError, match=r"names no layer for a electra of 24 .* 21 and 22"):
-        fastffn.relation_layer(transformers.ElectraConfig(num_hidden_layers=24))
-    with pytest.raises(UserError, match="str has no num_hidden_layers"):
-        fastffn.relation_layer("bert-base-uncased")
-
-
-def test_layer_maps():
-    def teachers(*args):
-        pairs = fastffn.layer_map(*args)
-        assert [student for student, _ in pairs] == list(range(args[0]))
-        return [teacher for _, teacher in pairs]
-
-    assert teachers(6, 12) == [1, 3, 5, 7, 9, 11]
-    assert teachers(4, 6) == [0, 2, 3, 5]
-    assert teachers(5, 12) == [1, 3, 6, 8, 11]
-    assert teachers(3, 3) == [0, 1, 2] and teachers(1, 7) == [6]
-    assert teachers(6, 12, "last") == [6, 7, 8, 9, 10, 11]
-    assert teachers(4, 6, "first") == [0, 1, 2, 3]
-    for student in range(1, 13):
-        for teacher in range(student, 25):
-            ends = teachers(student, teacher)
-            assert len(set(ends)) == student and ends[-1] == teacher - 1
-            runs = [b - a for a, b in zip([-1, *ends], ends, strict=False)]
-            assert max(runs) - min(runs) <= 1
-    for numbers in ((0, 3), (4, 3)):
-        with pytest.raises(UserError, match="cannot follow"):
-            fastffn.layer_map(*numbers)
-    with pytest.raises(UserError, match="'skip' is unknown"):
-        fastffn.layer_map(2, 4, "skip")

@@ -4,7 +4,7 @@ One row per structure, looked up by `config.model_type`, so that subclasses and 
 A model that transformers does not know by type (a class of one's own) is told by its attributes
 instead, if it has BERT's modules under BERT's names, or those of fastffn's models. One of
 transformers' own that has no row is refused, whatever its attributes: Longformer has BERT's names
-and holds its activations transposed, LayoutLMv2 adds position terms to the scores.
+and holds its activations transposed, LayoutLMv3 adds position terms to the scores.
 
 Each row was checked against the sources of transformers 5 and is tested against hand-made
 projections (tests/test_capture.py). To add one, add it here and to the test.

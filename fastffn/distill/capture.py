@@ -13,6 +13,11 @@ What counts is a call of a projection from within a call of its layer, the first
 calls its projections once more for the relative positions, and gradient checkpointing computes a
 layer once more in the backward. The last forward of a layer counts.
 
+Activations are read as [batch, length, width]. ModernBERT under flash attention once unpadded its
+batch before the first layer; transformers 5.23 does so inside the attention, behind the
+projections. Activations of another rank are refused. Texts that the caller packs into one row are
+captured as that row.
+
 `architectures.py` says which encoders are known.
 """
 
@@ -82,7 +87,7 @@ def capture(
                             side, before the split into heads
             "hidden"        [batch, length, width], what the next layer gets. The last layer's is
                             the model's last hidden state, except where a final norm follows the
-                            layers (ModernBERT): it is taken before the norm
+                            layers (ModernBERT, Megatron-BERT): it is taken before that norm
             "scores"        `Scores`: q, k and the number of heads, for `score_mse`. Refused where
                             attention scores are not q k^T alone (DeBERTa-v2, MPNet, classes of
                             one's own) or are not all used (decoders, ModernBERT's local layers)
@@ -203,8 +208,7 @@ class _Tap:
             if self.graph and not torch.is_grad_enabled():
                 raise UserError(
                     "gradient checkpointing with use_reentrant=True runs layers without a graph, "
-                    "so no gradient would flow through what is captured: "
-                    'gradient_checkpointing_enable({"use_reentrant": False})'
+                    "so no gradient would flow through what is captured: use use_reentrant=False"
                 )
             self.found[name] = _checked(output)
 

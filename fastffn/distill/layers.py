@@ -39,7 +39,7 @@ def relation_layer(config_or_model: object) -> int:
         return _LARGE[kind, count] - 1
     if count > _BASE:
         raise UserError(
-            f"MiniLMv2 names no layer for a {kind} of {count} layers: choose one; {count - 3} and "
+            f"MiniLMv2 names no layer for {kind} with {count} layers: choose one; {count - 3} and "
             f"{count - 2} (from 0) are a start: Udagawa et al. (2310.08797) found the last but one "
             "and the last but two best"
         )
