@@ -24,6 +24,8 @@ from torch import Tensor
 
 from fastffn.ops.matmul import linear
 
+from .memory import peak_mib
+
 Work = Callable[[], Tensor | tuple[Tensor, ...]]
 _CUDA_SECONDS = 1e-3  # on a GPU, calls are repeated between two events for about so long
 
@@ -119,6 +121,19 @@ def works_of(
     return {name: work(function) for name, function in functions.items()}
 
 
+def losses_of(functions: Mapping[str, Callable], inputs: Sequence[Tensor]) -> dict[str, Work]:
+    """Per contender, each a function of the inputs to a scalar: that, and the inputs' gradients."""
+
+    def work(function: Callable) -> Work:
+        def training():
+            loss = function(*inputs)
+            return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+        return training
+
+    return {name: work(function) for name, function in functions.items()}
+
+
 def modes(device: str) -> list[str | None]:
     """Of torch.compile, to compare with."""
     return [None] if device == "cpu" else [None, "max-autotune"]
@@ -175,8 +190,9 @@ def interleave(
     works: Mapping[str, Work],
     ours: str,
     seconds: float = 2.0,
-    floor: float = 0.0,
+    floor: float | Mapping[str, float] = 0.0,
     first: Mapping[str, float] | None = None,
+    least: int = 9,
 ) -> None:
     """Times all `works` in turn, round by round, and notes the result as extra_info.
 
@@ -185,8 +201,10 @@ def interleave(
         works: contenders by name.
         ours: the one whose ratio to the others is reported (above 1: it is faster).
         seconds: about how long the rounds together may take.
-        floor: seconds that no contender can go below, see `floor_seconds`; 0: unknown.
+        floor: seconds that no contender can go below, see `floor_seconds`; 0: unknown. Several by
+            name: the share of each is noted, and the largest is the floor.
         first: seconds of first calls that were made before, as `check_outputs` returns them.
+        least: rounds, if they take longer than `seconds`.
     """
     keep_freed_memory()
     seen = first or {}
@@ -199,7 +217,7 @@ def interleave(
     if torch.cuda.is_available():
         repeat = {name: max(1, math.ceil(_CUDA_SECONDS / once[name])) for name in works}
     total = sum(once[name] * repeat[name] for name in works)
-    rounds = max(9, min(200, int(seconds / total)))
+    rounds = max(least, min(200, int(seconds / total)))
     order, shuffle = list(works), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)  # everyone follows everyone else as often, and finds the caches they leave
@@ -215,15 +233,13 @@ def interleave(
         threads=torch.get_num_threads(),
     )
     if floor:
-        benchmark.extra_info["floor"] = {"ms": 1e3 * floor, "share": floor / times[ours].median}
-    if torch.cuda.is_available():
-        benchmark.extra_info["peak_mib"] = {name: _peak(work) for name, work in works.items()}
-
-
-def _peak(work: Work) -> float:
-    """MiB that one call allocates on the GPU beyond what was there, at its highest."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+        named = floor if isinstance(floor, Mapping) else {}
+        longest = max(named.values()) if named else floor
+        benchmark.extra_info["floor"] = {
+            "ms": 1e3 * longest,
+            "share": longest / times[ours].median,
+            **{name: each / times[ours].median for name, each in named.items()},
+        }
+    peaks = {name: peak_mib(work) for name, work in works.items()}
+    if None not in peaks.values():
+        benchmark.extra_info["peak_mib"] = peaks

@@ -21,9 +21,9 @@ def load(paths: Sequence[str | Path]) -> dict[str, Any]:
 
     Returns:
         {"date", "commit", "device", "versions", "runs", "cases": [{"case", "threads", "median_ms",
-        "first_call_ms", "ratio", "floor", "peak_mib"}]}, the last two where they are
-        known; the conditions are those of the first run. A file that `save`
-        wrote is returned as it is.
+        "first_call_ms", "ratio", "floor", "peak_mib", "left_out"}]}, the last three where they are
+        known; the conditions are those of the first run. A file that `save` wrote is returned as it
+        is.
 
     Raises:
         UserError: a file is absent or no result.
@@ -55,6 +55,7 @@ def load(paths: Sequence[str | Path]) -> dict[str, Any]:
                     for key in ("median_ms", "first_call_ms", "ratio", "floor", "peak_mib")
                     if any(key in info for info in infos)
                 },
+                **({"left_out": infos[0]["left_out"]} if infos[0].get("left_out") else {}),
             }
             for name, infos in cases.items()
         ],
@@ -96,10 +97,14 @@ def save(result: dict[str, Any], path: str | Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: the case, milliseconds of each contender, and how many times faster fastffn is."""
+    """Markdown: the case, milliseconds of each contender, how many times faster fastffn is, what
+    each takes of memory; below it who could not take part, and why."""
     rivals = list(dict.fromkeys(name for case in result["cases"] for name in case["ratio"]))
     header = ["case", "fastffn ms", *(f"{name} ms" for name in rivals), *(f"x {n}" for n in rivals)]
-    lines = [[*header, "of the floor"], ["---"] + ["---:"] * len(header)]
+    header.append("of the floor")
+    weighed = any("peak_mib" in case for case in result["cases"])
+    header += ["MiB", *(f"{name} MiB" for name in rivals)] if weighed else []
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for case in result["cases"]:
         (ours,) = (ms for name, ms in case["median_ms"].items() if name not in case["ratio"])
         times = [ours, *(case["median_ms"].get(name) for name in rivals)]
@@ -111,12 +116,27 @@ def table(result: dict[str, Any]) -> str:
                 *("" if t is None else f"{t:.3g}" for t in times),
                 *("" if r is None else f"{r:.2f}" for r in ratios),
                 "" if share is None else f"{100 * share:.0f} %",
+                *(_memory(case, rivals) if weighed else ()),
             ]
         )
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     runs = f"median of {result['runs']} runs" if result["runs"] > 1 else "one run"
     conditions = f"{result['device']}; {versions}; {result['date']}, {result['commit']}; {runs}"
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", conditions])
+    absent = [
+        f"{case['case']}: without {name}, {reason}"
+        for case in result["cases"]
+        for name, reason in case.get("left_out", {}).items()
+    ]
+    absent = ["", *(f"- {line}" for line in absent)] if absent else []
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", conditions, *absent])
+
+
+def _memory(case: dict[str, Any], rivals: Sequence[str]) -> list[str]:
+    """MiB of fastffn and of each rival."""
+    peaks = case.get("peak_mib", {})
+    (ours,) = (name for name in case["median_ms"] if name not in case["ratio"])
+    found = [peaks.get(name) for name in (ours, *rivals)]
+    return ["" if mib is None else f"{mib:.0f}" if mib >= 10 else f"{mib:.2g}" for mib in found]
 
 
 def picture(result: dict[str, Any], path: str | Path) -> None:

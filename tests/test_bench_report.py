@@ -49,6 +49,38 @@ def test_runs_become_one_result_that_reads_back(tmp_path):
     assert report(str(saved)).stdout == done.stdout
 
 
+def test_memory_and_those_left_out_are_shown(tmp_path):
+    run = tmp_path / "run.json"
+    a_run(run, 3.0)
+    content = json.loads(run.read_text())
+    case = content["benchmarks"][0]
+    case["extra_info"]["peak_mib"] = {"fastffn": 1.25, "eager": 512.4}
+    case["extra_info"]["floor"] = {"ms": 1.0, "share": 0.5, "products": 0.25}
+    alone = {"median_ms": {"fastffn": 7.0}, "first_call_ms": {}, "ratio": {}, "threads": 2}
+    alone["left_out"] = {"eager": "it takes 412 GB"}
+    content["benchmarks"].append({"group": "long", "extra_info": alone})
+    run.write_text(json.dumps(content))
+    shown = report(str(run), "--save", str(tmp_path / "saved.json")).stdout
+    assert "| three operations | 2 | 6 | 3.00 | 50 % | 1.2 | 512 |" in shown
+    assert "| long | 7 |  |  |  |  |  |" in shown
+    assert "- long: without eager, it takes 412 GB" in shown
+    assert report(str(tmp_path / "saved.json")).stdout == shown
+    floor = json.loads((tmp_path / "saved.json").read_text())["cases"][0]["floor"]
+    assert floor == {"ms": 1.0, "share": 0.5, "products": 0.25}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the record of resident memory is Linux's")
+def test_peak_memory_counts_what_others_freed():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from bench.memory import peak_mib
+    finally:
+        sys.path.remove(str(ROOT))
+    work = lambda: torch.ones(16 << 20).exp().sum()  # noqa: E731  two tensors of 64 MiB
+    assert all(120 < peak_mib(work) < 140 for _ in range(2))
+    assert peak_mib(lambda: torch.ones(1 << 10)) < 8
+
+
 @pytest.mark.parametrize("content", [None, "no json", "[]", "{}"])
 def test_what_is_no_result_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "x.json"
