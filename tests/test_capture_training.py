@@ -1,5 +1,7 @@
 """Capture in training: gradients, checkpointing, data parallelism, compiled models."""
 
+import weakref
+
 import pytest
 import torch
 from encoders import WIDTH, batch, encoder
@@ -40,6 +42,20 @@ def test_the_last_forward_counts():
     assert first.shape == (2, 9, WIDTH) and states["q"].shape == (2, 4, WIDTH)
 
 
+def test_a_forward_that_fails_leaves_nothing():
+    model = encoder("bert")
+    value = model.encoder.layer[0].attention.self.value  # comes after the query
+    with capture(model, 0, "q") as states:
+        model(**batch())
+        failing = value.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch())
+        assert not states
+        failing.remove()
+        model(**batch(length=4, shortest=2))
+        assert states["q"].shape == (2, 4, WIDTH)
+
+
 @pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("kind", ["bert", "deberta-v2", "modernbert", "efficientbert"])
 def test_gradient_checkpointing_keeps_the_first_computation(kind):
@@ -60,6 +76,18 @@ def test_gradient_checkpointing_keeps_the_first_computation(kind):
     assert len(gradients[0]) > 10
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_keeps_nothing_of_the_second_computation():
+    model, outputs = encoder("bert").train(), []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    query = model.encoder.layer[1].attention.self.query
+    query.register_forward_hook(lambda *args: outputs.append(weakref.ref(args[2])))
+    with capture(model, 1) as states:
+        model(**batch())
+        states["hidden"].sum().backward()
+        assert len(outputs) == 2 and outputs[0]() is states["q"] and outputs[1]() is None
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")

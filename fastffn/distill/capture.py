@@ -164,7 +164,9 @@ class _Tap:
         self.rotates = encoder.architecture.rotary
         self.before = before
         self.num_heads = encoder.base.config.num_attention_heads if "scores" in names else 0
-        self.open = False  # within a call of the layer, and not in a repetition of its insides
+        # Within a call of the layer. Its insides run once more under gradient checkpointing, and
+        # what they make then must not be kept alive.
+        self.open = False
         self.graph = False
         self.found: dict[str, Tensor] = {}
         self.positions: tuple[Tensor, Tensor] | None = None
@@ -193,7 +195,7 @@ class _Tap:
                 "others' captures: use DistributedDataParallel, or call model.module"
             )
         self.open, self.graph = True, torch.is_grad_enabled()
-        self.found.clear()
+        self.found = {}
         for name in self.names:
             self.states.pop(name, None)
 
@@ -217,11 +219,10 @@ class _Tap:
     def _leave(self, module, args, output):
         # Here and not inside the attention: what is computed there is part of a checkpoint, which
         # would not find it when it computes the layer again.
-        self.open = False
-        if not self.found or len(self.found) < len(self.sources):
+        self.open, found, self.found = False, self.found, {}
+        if not found or len(found) < len(self.sources):
             return  # compiled code may call some hooks and not the others
-        fused = self.found.get("qkv")
-        parts = [self.found[n] for n in _RELATED] if fused is None else fused.chunk(3, dim=-1)
+        parts = found["qkv"].chunk(3, dim=-1) if "qkv" in found else [found[n] for n in _RELATED]
         read = dict(zip(_RELATED, parts, strict=True))
         turned = parts[:2]
         if self.rotates and ("scores" in self.names or not self.before):
