@@ -124,8 +124,8 @@ def test_data_parallel_on_one_device_and_on_several():
         replica(torch.zeros(1, 2, WIDTH))
 
 
-@pytest.mark.parametrize("stop", [False, True])
-def test_a_compiled_model_stays_compiled(stop):
+@pytest.mark.parametrize(("kind", "stop"), [("bert", False), ("bert", True), ("modernbert", True)])
+def test_a_compiled_model_stays_compiled(kind, stop):
     torch._dynamo.reset()
     graphs = []
 
@@ -133,12 +133,12 @@ def test_a_compiled_model_stays_compiled(stop):
         graphs.append(graph)
         return graph
 
-    model = encoder("bert")
+    model = encoder(kind)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for _ in range(3):
-        with capture(compiled, 1, ("q", "hidden", "scores"), stop=stop) as states:
+        with capture(compiled, 0, ("q", "hidden", "scores"), stop=stop) as states:
             compiled(**batch())
-        with capture(model, 1, ("q", "hidden")) as expected:
+        with capture(model, 0, ("q", "hidden")) as expected:
             model(**batch())
         torch.testing.assert_close(states["q"], expected["q"])
         torch.testing.assert_close(states["hidden"], expected["hidden"])
