@@ -109,30 +109,23 @@ def test_padding_changes_nothing_and_gets_no_gradient(
     operands = [student, teacher, *((weight, bias) if projected else (None, None))]
     student, teacher, weight, bias = (None if x is None else x.to(device) for x in operands)
     real = random_mask(3, 6).to(device)
-    run = results if gathers else results_masked
-    clean = run(hidden_mse, student, teacher, real, weight, bias)
+    if not gathers:
+        monkeypatch.setattr(module, "_gathers", lambda device: False)
+    clean = results(hidden_mse, student, teacher, real, weight, bias)
     padding = ~real.unsqueeze(-1)
     student, teacher = student.masked_fill(padding, poison), teacher.masked_fill(padding, poison)
-    dirty = run(hidden_mse, student, teacher, real, weight, bias)
+    dirty = results(hidden_mse, student, teacher, real, weight, bias)
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
     assert dirty[1][~real].eq(0).all() and dirty[1][real].ne(0).all()
 
 
-def results_masked(_, student, teacher, real, weight, bias):
-    """As `results`, the way of devices where real rows are not gathered: no factor yet."""
-    wanted = (True, weight is not None, bias is not None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_gathers", lambda device: False)
-        loss, _, gradients = module._compute(student, teacher, weight, bias, real, wanted)
-    return [loss, *(g for g in gradients if g is not None)]
-
-
-def test_masked_equals_gathered():
+def test_masked_equals_gathered(monkeypatch):
+    """Where real rows are not gathered, padding is computed and masked out."""
     student, teacher, weight, bias = make(3, 6)
-    real = random_mask(3, 6)
-    masked = results_masked(None, student, teacher, real, weight, bias)
-    gathered = module._compute(student, teacher, weight, bias, real, (True, True, True))
-    torch.testing.assert_close(masked, [gathered[0], *gathered[2]])
+    arguments = student, teacher, random_mask(3, 6), weight, bias
+    gathered = results(hidden_mse, *arguments)
+    monkeypatch.setattr(module, "_gathers", lambda device: False)
+    torch.testing.assert_close(results(hidden_mse, *arguments), gathered)
 
 
 @pytest.mark.parametrize("projected", [True, False])
@@ -202,9 +195,15 @@ def test_memory_kept_is_that_of_student_and_weight():
     student, teacher, weight, bias = make(4, 64, 6, 96)
     leaves = [x.requires_grad_() for x in (student, weight, bias)]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()), lambda x: x):
+    keep = lambda x: saved.append(x) or x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden_mse(student, teacher, None, weight, bias)
-    assert sum(saved) == sum(x.numel() for x in leaves) + 1
+        assert sum(x.numel() for x in saved) == sum(x.numel() for x in leaves) + 1
+        saved.clear()
+        other = teacher.clone()
+        hidden_mse(other.requires_grad_(), teacher)
+    pointers = {other.data_ptr(), teacher.data_ptr()}
+    assert sum(x.numel() for x in saved if x.data_ptr() not in pointers) == 1
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -13,12 +13,15 @@ teacher's size, and c: the kept gradients lack the factor, because c is so small
 lose them. (Of half precision they lack the power of two in c, whose product rounds nothing.) The
 backward multiplies both by the upstream gradient.
 
+Without a projection there is no product to save: the backward takes the difference again, in one
+pass over the states, and nothing but them is kept.
+
 On a CPU the real rows of a padded batch are gathered first, and padding costs nothing. Elsewhere
 that would wait for the device, so padding is computed and masked out. Sums are per row, then per
 slab, then over slabs, so that the loss does not depend on the number of threads.
 
-Why not autograd over the formula: it keeps the projected states and their difference. Why not
-compute gradients in the backward: the product would be made twice.
+Why not autograd over the formula: it keeps the projected states and their difference. Why not make
+the gradients of a projection in the backward: its product would be computed twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,16 +37,21 @@ from .execute import HALVES, compute_dtype
 from .loss_inputs import check_teacher, real_tokens
 from .matmul import linear, weight_gradient
 
-# Bytes of a slab of differences, and the fewest rows: each slab costs an addition to the gradient
-# of the weight. A GPU needs more rows at a time to be busy.
+# Bytes of a slab of differences, and the fewest rows. With a projection each slab costs an addition
+# to the gradient of the weight, without one a slab had better stay in cache. A GPU needs more rows
+# at a time to be busy.
 _SLAB_BYTES = {"cpu": 8 << 20}
 _SLAB_BYTES_ELSEWHERE = 64 << 20
 _MIN_ROWS = 1024
+_CACHED_BYTES = 3 << 19
 
 _library = torch.library.Library("fastffn", "FRAGMENT")
 _OPERANDS = "Tensor student, Tensor teacher, Tensor? weight, Tensor? bias, Tensor? real"
 _library.define(f"hidden_mse({_OPERANDS}) -> Tensor")
 _library.define(f"hidden_mse_forward({_OPERANDS}, bool[] wanted) -> (Tensor, Tensor, Tensor?[])")
+_library.define(
+    "hidden_mse_difference(Tensor student, Tensor teacher, Tensor? real, Tensor factor) -> Tensor"
+)
 
 
 def hidden_mse(
@@ -150,9 +158,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _slabs(rows: int, row_bytes: int, device: str) -> Iterator[slice]:
+def _slabs(rows: int, row_bytes: int, device: str, projected: bool) -> Iterator[slice]:
     """The pieces of the rows, by their sizes alone."""
-    size = max(_MIN_ROWS, _SLAB_BYTES.get(device, _SLAB_BYTES_ELSEWHERE) // row_bytes & -64)
+    limit = _SLAB_BYTES.get(device, _SLAB_BYTES_ELSEWHERE)
+    if not projected and device == "cpu":
+        size = max(1, _CACHED_BYTES // row_bytes)
+    else:
+        size = max(_MIN_ROWS, limit // row_bytes & -64)
     if rows <= size + size // 2:
         yield slice(0, rows)
         return
@@ -177,7 +189,10 @@ class _Sums:
 
 
 def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
-    """(loss, factor, gradients of student, weight and bias without that factor or None)."""
+    """(loss, factor, gradients of student, weight and bias without that factor or None).
+
+    Without a projection no gradient is wanted here: see `_difference`.
+    """
     shape, dtype, device = student.shape, compute_dtype(student, teacher), student.device.type
     x, target = _rows(student), _rows(teacher)
     real = None if real is None else real.reshape(-1)
@@ -189,11 +204,12 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
     rows = x.shape[0] if places is None else places.numel()
     wants_student, wants_weight, wants_bias = wanted
 
-    slabs = list(_slabs(rows, target.shape[1] * dtype.itemsize, device)) if rows else []
+    row_bytes = target.shape[1] * dtype.itemsize
+    slabs = list(_slabs(rows, row_bytes, device, weight is not None)) if rows else []
     count = x.new_full((), rows, dtype=dtype) if real is None else real.sum().to(dtype)
     count = (count * target.shape[1]).clamp_(min=1)
     factor = 2 / count
-    if x.dtype in HALVES:
+    if x.dtype in HALVES and any(wanted):
         mantissa, exponent = torch.frexp(factor)
         factor = torch.ldexp(torch.ones_like(factor), exponent)
     gradient, sums, losses = None, _Sums(), []
@@ -203,8 +219,10 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
             gradient.index_fill_(0, padding, 0)
     for part in slabs:
         xs, ts = (_take(tensor, part, places) for tensor in (x, target))
-        projected = xs if weight is None else linear(xs, weight, bias)
-        difference = _subtract(projected, ts, dtype, weight is not None or places is not None)
+        if weight is None:
+            difference = _subtract(xs, ts, dtype, places is not None)
+        else:
+            difference = _subtract(linear(xs, weight, bias), ts, dtype, True)
         if real is not None:
             mask = real[part].unsqueeze(-1)
             difference = torch.where(mask, difference, 0)
@@ -220,9 +238,9 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
         if wants_bias:
             sums.add("bias", difference.sum(0))
         if wants_student:
-            dx = d if weight is None else linear(d, weight.t())
+            dx = linear(d, weight.t())
             if gradient is None:
-                gradient = dx.contiguous()
+                gradient = dx
             elif places is None:
                 gradient[part] = dx
             else:
@@ -250,6 +268,20 @@ def _subtract(projected: Tensor, teacher: Tensor, dtype: torch.dtype, fresh: boo
     return projected.sub_(teacher) if fresh else projected - teacher
 
 
+def _difference(student: Tensor, teacher: Tensor, real: Tensor | None, factor: Tensor) -> Tensor:
+    """factor (student - teacher) at real tokens, 0 elsewhere; of the student's shape and dtype."""
+    out = student.new_empty(student.shape)
+    x, target, into = _rows(student), _rows(teacher), out.view(-1, student.shape[-1])
+    dtype, device = compute_dtype(student, teacher), student.device.type
+    padding = None if real is None else ~real.reshape(-1, 1)
+    for part in _slabs(x.shape[0], x.shape[1] * dtype.itemsize, device, False):
+        difference = _subtract(x[part], target[part], dtype, False).mul_(factor)
+        if padding is not None:
+            difference.masked_fill_(padding[part], 0)
+        into[part] = difference
+    return out
+
+
 def _weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     if d.dtype == torch.float16:  # without the factor, its sums exceed float16's range
         d, x = d.float(), x.float()
@@ -274,19 +306,25 @@ def _fake_forward(student, teacher, weight, bias, real, wanted):
     return loss, torch.empty_like(loss), gradients
 
 
+def _fake_difference(student, teacher, real, factor) -> Tensor:
+    return student.new_empty(student.shape)
+
+
 class _HiddenMSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plain: bool, *operands):
+        student, teacher, weight, bias, real = operands
         _, wants_student, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        wanted = [wants_student, wants_weight, wants_bias]
+        ctx.projected = weight is not None
+        wanted = [ctx.projected and wants_student, wants_weight, wants_bias]
         if plain:
             loss, factor, gradients = _compute(*operands, wanted)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 loss, factor, gradients = _forward_op(*operands, wanted)
-        student, _, weight, bias, _ = operands
         ctx.dtypes = [None if x is None else x.dtype for x in (student, weight, bias)]
-        ctx.save_for_backward(factor, *gradients)
+        kept = gradients if ctx.projected else (student, teacher, real)
+        ctx.save_for_backward(factor, *kept)
         return loss
 
     @staticmethod
@@ -298,6 +336,10 @@ class _HiddenMSE(torch.autograd.Function):
             )
         factor, *kept = ctx.saved_tensors
         factor = factor * grad
+        if not ctx.projected:
+            plain = is_plain([x for x in (factor, *kept) if x is not None])
+            difference = (_difference if plain else _difference_op)(*kept, factor)
+            return None, difference, None, None, None, None
         student, weight, bias = (
             None if x is None else (x.to(factor.dtype) * factor).to(dtype)
             for x, dtype in zip(kept, ctx.dtypes, strict=True)
@@ -324,10 +366,13 @@ def _autocast(device: str, student, teacher, weight, bias, real) -> Tensor:
 for _device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
     _library.impl("hidden_mse", _inference, _device)
     _library.impl("hidden_mse_forward", _compute, _device)
+    _library.impl("hidden_mse_difference", _difference, _device)
 _library.impl("hidden_mse", _autograd, "Autograd")
 _library.impl("hidden_mse", lambda *operands: _autocast("cpu", *operands), "AutocastCPU")
 _library.impl("hidden_mse", lambda *operands: _autocast("cuda", *operands), "AutocastCUDA")
 torch.library.register_fake("fastffn::hidden_mse", _fake, lib=_library)
 torch.library.register_fake("fastffn::hidden_mse_forward", _fake_forward, lib=_library)
+torch.library.register_fake("fastffn::hidden_mse_difference", _fake_difference, lib=_library)
 _op = torch.ops.fastffn.hidden_mse.default
 _forward_op = torch.ops.fastffn.hidden_mse_forward.default
+_difference_op = torch.ops.fastffn.hidden_mse_difference.default
