@@ -192,3 +192,34 @@ def residual_norm_chunks(rows: int, processors: int) -> int:
     the partial sums short beside what they are sums of.
     """
     return max(1, min(2 * processors, ceil_div(rows, 8)))
+
+
+@dataclass(frozen=True)
+class RelationTile:
+    """One block takes `rows` tokens of a head with `warps` warps, `keys` other tokens at a time.
+
+    `stages` tiles of the others are in flight in shared memory.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@cache
+def relation(length: int, row_bytes: int, values: int, wide: bool) -> RelationTile:
+    """Tile of a relation kernel.
+
+    A warp has 16 rows, as the tensor cores' layout deals them out, and of a short sequence a block
+    is as small as the sequence.
+
+    Args:
+        row_bytes: of one token's head, student and teacher, padded.
+        values: of an element that a thread holds at a time: two scores, and what else lives long.
+        wide: products without tensor cores, whose operands take registers.
+    """
+    rows = max(16, min(64, next_power_of_2(length)))
+    keys = max(16, min(32 if values > 3 or wide or row_bytes > 512 else 64, rows))
+    stages = 3 if keys * row_bytes <= 16 * 1024 else 2
+    return RelationTile(rows, keys, rows // 16, stages)
