@@ -16,9 +16,9 @@ backward multiplies both by the upstream gradient.
 Without a projection there is no product to save: the backward takes the difference again, in one
 pass over the states, and nothing but them is kept.
 
-On a CPU the real rows of a padded batch are gathered first, and padding costs nothing. Elsewhere
-that would wait for the device, so padding is computed and masked out. Sums are per row, then per
-slab, then over slabs, so that the loss does not depend on the number of threads.
+On a CPU the real rows of a padded batch are gathered before the product, and padding costs nothing.
+Elsewhere that would wait for the device, so padding is computed and masked out. Sums are per row,
+then per slab, then over slabs, so that the loss does not depend on the number of threads.
 
 Why not autograd over the formula: it keeps the projected states and their difference. Why not make
 the gradients of a projection in the backward: its product would be computed twice.
@@ -114,12 +114,13 @@ def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, bias: Tensor
             raise UserError(f"hidden_mse: {name} is {x.dtype}; take a floating-point type")
         if x.device != student.device:
             raise UserError(f"hidden_mse: {name} is on {x.device}, the student on {student.device}")
-    if student.shape[:-1] != teacher.shape[:-1] or 0 in (student.dim(), teacher.dim()):
+    ends = (*student.shape[-1:], *teacher.shape[-1:])
+    if student.shape[:-1] != teacher.shape[:-1] or len(ends) < 2 or 0 in ends:
         raise UserError(
             f"the student's {list(student.shape)} and the teacher's {list(teacher.shape)} are not "
             "states of the same tokens"
         )
-    here, there = student.shape[-1], teacher.shape[-1]
+    here, there = ends
     if weight is None:
         if bias is not None:
             raise UserError("hidden_mse: a bias needs a weight; give both or neither")
@@ -197,7 +198,7 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
     x, target = _rows(student), _rows(teacher)
     real = None if real is None else real.reshape(-1)
     places = padding = None
-    if real is not None and _gathers(device):
+    if real is not None and weight is not None and _gathers(device):
         places, padding = (which.nonzero().squeeze(-1) for which in (real, ~real))
         places = None if padding.numel() == 0 else places
         real = None
@@ -220,16 +221,17 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
     for part in slabs:
         xs, ts = (_take(tensor, part, places) for tensor in (x, target))
         if weight is None:
-            difference = _subtract(xs, ts, dtype, places is not None)
+            difference = _subtract(xs, ts, dtype, False)
         else:
             difference = _subtract(linear(xs, weight, bias), ts, dtype, True)
+        squares = torch.linalg.vector_norm(difference, dim=1).square()
+        losses.append((squares if real is None else torch.where(real[part], squares, 0)).sum())
+        if not any(wanted):
+            continue
         if real is not None:
             mask = real[part].unsqueeze(-1)
             difference = torch.where(mask, difference, 0)
             xs = torch.where(mask, xs, 0) if wants_weight else xs
-        losses.append(torch.linalg.vector_norm(difference, dim=1).square().sum())
-        if not any(wanted):
-            continue
         if x.dtype in HALVES:
             difference *= mantissa
         d = difference.to(x.dtype)
