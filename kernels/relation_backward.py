@@ -230,13 +230,16 @@ def relation_backward(
         )  # fmt: skip
         s = tl.dot(xi, tl.trans(yj), input_precision=PRECISION) * scale
         t = tl.dot(txi, tl.trans(tyj), input_precision=TPRECISION) * scale_t
-        if BY_ROW:
+        if BY_COLUMN:
+            u, v, m_s, m_t, inverse, mean = _saved(stats, factors, rank, live, layer, DIVERGENCE)
+        if DIVERGENCE == "score_mse" and BY_ROW and BY_COLUMN:
+            m = (s - t) * (u_i[:, None] + u[None, :])
+        elif BY_ROW:
             m = _gradient(
                 s, t, u_i[:, None], v_i[:, None], s_i[:, None], t_i[:, None],
                 inverse_i[:, None], mean_i[:, None], DIVERGENCE,
             )  # fmt: skip
-        if BY_COLUMN:
-            u, v, m_s, m_t, inverse, mean = _saved(stats, factors, rank, live, layer, DIVERGENCE)
+        if BY_COLUMN and not (DIVERGENCE == "score_mse" and BY_ROW):
             other = _gradient(
                 s, t, u[None, :], v[None, :], m_s[None, :], m_t[None, :],
                 inverse[None, :], mean[None, :], DIVERGENCE,
