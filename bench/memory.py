@@ -51,6 +51,7 @@ def _resident(name: str) -> int:
 def available_bytes(device: str) -> int:
     """Memory that nobody uses; without bound where the system does not tell."""
     if device == "cuda":
+        torch.cuda.empty_cache()  # what torch holds for later is free too
         return torch.cuda.mem_get_info()[0]
     try:
         found = re.search(
