@@ -53,7 +53,7 @@ def check(student, teacher, weight=None, bias=None, real=None, ulps=0):
             torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-12)
         else:
             size = true.abs().max().item() if true.numel() else 0.0
-            assert_accurate(got, true, other, name, ulps * torch.finfo(got.dtype).eps * size)
+            assert_accurate(got, true, other, name, ulps * torch.finfo(student.dtype).eps * size)
 
 
 @pytest.mark.parametrize("device", DEVICES)
