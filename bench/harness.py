@@ -42,17 +42,21 @@ class Timing:
         return statistics.median(self.rounds)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Tells glibc to hand freed memory out again instead of returning it to the system.
 
     Otherwise a contender pays for page faults (2 microseconds per 4 KiB on a virtual machine, more
     than the work itself) according to what the one before it freed. All contenders share the
     setting; it is what a long-running process has with any caching allocator.
+
+    keep: False sets what a process of default settings comes to: blocks of 32 MiB and more are
+        mapped for each use and returned after it.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+        libc.mallopt(m_mmap_max, 0 if keep else 65536)
+        libc.mallopt(m_trim_threshold, 2**31 - 1 if keep else 64 << 20)
+        libc.mallopt(m_mmap_threshold, 32 << 20)
 
 
 def timed(work: Work, repeat: int = 1) -> float:
@@ -193,6 +197,7 @@ def interleave(
     floor: float | Mapping[str, float] = 0.0,
     first: Mapping[str, float] | None = None,
     least: int = 9,
+    keep_memory: bool = True,
 ) -> None:
     """Times all `works` in turn, round by round, and notes the result as extra_info.
 
@@ -205,8 +210,9 @@ def interleave(
             name: the share of each is noted, and the largest is the floor.
         first: seconds of first calls that were made before, as `check_outputs` returns them.
         least: rounds, if they take longer than `seconds`.
+        keep_memory: see `keep_freed_memory`.
     """
-    keep_freed_memory()
+    keep_freed_memory(keep_memory)
     seen = first or {}
     times = {
         name: Timing(seen[name] if name in seen else first_call(work), [])

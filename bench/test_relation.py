@@ -198,7 +198,7 @@ def floors(relations, lengths, heads, dtype):
 
 
 def run(benchmark, relations, batch, length, heads, dtype, device, ragged=False, check=None,
-        seconds=3.0, least=5):  # fmt: skip
+        seconds=3.0, least=5, keep_memory=True):  # fmt: skip
     """One case, whose group names it."""
     torch._dynamo.reset()
     student, teacher = make(batch, length, dtype, device)
@@ -245,7 +245,8 @@ def run(benchmark, relations, batch, length, heads, dtype, device, ragged=False,
     what = "ragged" if ragged else "dense"
     size = f"({batch}, {length}), {heads} heads"
     benchmark.group = f"relation {'+'.join(relations)}, {size}, {what}, {dtype}, {device}"
-    interleave(benchmark, works, "fastffn", seconds, floor, first, least)
+    benchmark.group += "" if keep_memory else ", memory returned"
+    interleave(benchmark, works, "fastffn", seconds, floor, first, least, keep_memory)
     benchmark.extra_info["left_out"] = left_out
 
 
@@ -280,6 +281,12 @@ CASES = [pytest.param(*c, marks=[pytest.mark.gpu] if c[2] == "cuda" else []) for
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
 def test_self_relations(benchmark, ragged, batch, length, device, dtype):
     run(benchmark, SELF, batch, length, 48, dtype, device, ragged)
+
+
+@pytest.mark.parametrize("batch, length", [(8, 128), (4, 512)])
+def test_memory_returned(benchmark, batch, length):
+    """As a CPU process of default settings has it: the maps are mapped afresh for each use."""
+    run(benchmark, SELF, batch, length, 48, torch.float32, "cpu", keep_memory=False)
 
 
 @DTYPES
