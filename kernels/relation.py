@@ -184,11 +184,11 @@ def _index(*sides: _Side):
 
 
 def _tile(length: int, student: _Side, teacher: _Side, values: int) -> tiles.RelationTile:
-    wide = any(
-        side.dtype == torch.float32 and precision(side.dtype) == "ieee"
+    tensor_cores = all(
+        side.dtype != torch.float32 or precision(side.dtype) == "tf32"
         for side in (student, teacher)
     )
-    return tiles.relation(length, student.row_bytes + teacher.row_bytes, values, wide)
+    return tiles.relation(length, student.row_bytes + teacher.row_bytes, values, tensor_cores)
 
 
 def plan_forward(
@@ -225,8 +225,9 @@ def plan_forward(
     arguments += (*_scales(scale, scale_t, divergence), heads, blocks, length)
     constants = _constants(divergence, tokens, student, teacher, tile, "KEYS") | {
         "STATS": saved,
-        # From capability 10 on a thread has half a row of the products.
-        "LANES": 4 if _capability(a.device) < 10 else 1,
+        # From capability 10 on a thread of the tensor cores' layout has half a row.
+        "LANES": 4 if tile.depth == 0 and _capability(a.device) < 10 else 1,
+        "DEPTH": tile.depth,
         "INDEX": _index(student, teacher),
     }
     numbers = (*student.numbers, *teacher.numbers)

@@ -22,7 +22,7 @@ cancel; `score_mse` has no softmax.
 import triton
 import triton.language as tl
 
-from .relation_tokens import count_of, head_of, load_rows, place, positions
+from .relation_tokens import count_of, head_of, load_rows, offsets, place, positions
 
 # Instead of infinity, since differences and products with 0 are taken of it.
 FAR = tl.constexpr(1e30)
@@ -76,21 +76,49 @@ def _divergence_step(
 
 
 @triton.jit
+def _product(
+    a, x, at_i, live_i, a_token, a_column, b, at, live, b_token, b_column,
+    D: tl.constexpr, P: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Bare products of rows, loaded as `x`, with keys; if DEPTH > 0, both loaded in such pieces."""
+    if DEPTH == 0:
+        y = load_rows(b, at, live, b_token, b_column, D, P, V, INDEX)
+        return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    else:
+        total = tl.zeros((at_i.shape[0], at.shape[0]), tl.float32)
+        i = offsets(at_i, a_token, a_column, DEPTH, V, INDEX)
+        j = offsets(at, b_token, b_column, DEPTH, V, INDEX)
+        column = tl.arange(0, DEPTH)[None, :]
+        for start in range(0, P, DEPTH):
+            there = column < D - start
+            piece = tl.load(a + start * a_column + i, mask=live_i[:, None] & there, other=0.0)
+            y = tl.load(b + start * b_column + j, mask=live[:, None] & there, other=0.0)
+            total = tl.dot(piece, tl.trans(y), total, input_precision=PRECISION)
+        return total
+
+
+@triton.jit
 def _products(
-    x, tx, b, tb, order, start, count, b_token, b_column, tb_token, tb_column,
+    a, x, ta, tx, at_i, live_i, b, tb, order, start, count,
+    a_token, a_column, ta_token, ta_column, b_token, b_column, tb_token, tb_column,
     ORDERED: tl.constexpr, D: tl.constexpr, TD: tl.constexpr, P: tl.constexpr, TP: tl.constexpr,
     V: tl.constexpr, TV: tl.constexpr, KEYS: tl.constexpr, LANES: tl.constexpr,
-    PRECISION: tl.constexpr, TPRECISION: tl.constexpr, INDEX: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr, TPRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Bare products of the rows with the keys from `start` on: student's, teacher's; and which
     of the keys exist."""
     rank = start + tl.arange(0, KEYS)
     live = rank < count
     at = positions(order, rank, live, ORDERED)
-    y = load_rows(b, at, live, b_token, b_column, D, P, V, INDEX)
-    ty = load_rows(tb, at, live, tb_token, tb_column, TD, TP, TV, INDEX)
-    s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    t = tl.dot(tx, tl.trans(ty), input_precision=TPRECISION)
+    s = _product(
+        a, x, at_i, live_i, a_token, a_column, b, at, live, b_token, b_column,
+        D, P, V, DEPTH, PRECISION, INDEX,
+    )  # fmt: skip
+    t = _product(
+        ta, tx, at_i, live_i, ta_token, ta_column, tb, at, live, tb_token, tb_column,
+        TD, TP, TV, DEPTH, TPRECISION, INDEX,
+    )  # fmt: skip
     return _split(s, LANES), _split(t, LANES), _split(live[None, :], LANES)
 
 
@@ -120,7 +148,8 @@ def relation_forward(
     DIVERGENCE: tl.constexpr, ORDERED: tl.constexpr, STATS: tl.constexpr,
     D: tl.constexpr, TD: tl.constexpr, P: tl.constexpr, TP: tl.constexpr,
     V: tl.constexpr, TV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    LANES: tl.constexpr, PRECISION: tl.constexpr, TPRECISION: tl.constexpr, INDEX: tl.constexpr,
+    LANES: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, TPRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """rows, and what the backward reads: see `relation`."""
     example, head, block = place(blocks, heads)
@@ -144,15 +173,17 @@ def relation_forward(
     if DIVERGENCE == "score_mse":
         for start in range(0, whole, KEYS):
             s, t, there = _products(
-                x, tx, b, tb, order, start, count, b_token, b_column, tb_token, tb_column,
-                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, PRECISION, TPRECISION, INDEX,
+                a, x, ta, tx, at, live, b, tb, order, start, count,
+                a_token, a_column, ta_token, ta_column, b_token, b_column, tb_token, tb_column,
+                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, DEPTH, PRECISION, TPRECISION, INDEX,
             )  # fmt: skip
             c = s * scale - t * scale_t
             d += _sum(c * c)
         if whole < keys:
             s, t, there = _products(
-                x, tx, b, tb, order, whole, count, b_token, b_column, tb_token, tb_column,
-                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, PRECISION, TPRECISION, INDEX,
+                a, x, ta, tx, at, live, b, tb, order, whole, count,
+                a_token, a_column, ta_token, ta_column, b_token, b_column, tb_token, tb_column,
+                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, DEPTH, PRECISION, TPRECISION, INDEX,
             )  # fmt: skip
             c = tl.where(there, s * scale - t * scale_t, 0.0)
             d += _sum(c * c)
@@ -162,8 +193,9 @@ def relation_forward(
         m_p, l_p, m_q, l_q = zero - FAR, zero, zero - FAR, zero
         for start in range(0, whole, KEYS):
             s, t, there = _products(
-                x, tx, b, tb, order, start, count, b_token, b_column, tb_token, tb_column,
-                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, PRECISION, TPRECISION, INDEX,
+                a, x, ta, tx, at, live, b, tb, order, start, count,
+                a_token, a_column, ta_token, ta_column, b_token, b_column, tb_token, tb_column,
+                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, DEPTH, PRECISION, TPRECISION, INDEX,
             )  # fmt: skip
             if DIVERGENCE == "reverse_kl":
                 m_p, l_p, m_q, l_q, d = _divergence_step(
@@ -175,8 +207,9 @@ def relation_forward(
                 )
         if whole < keys:
             s, t, there = _products(
-                x, tx, b, tb, order, whole, count, b_token, b_column, tb_token, tb_column,
-                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, PRECISION, TPRECISION, INDEX,
+                a, x, ta, tx, at, live, b, tb, order, whole, count,
+                a_token, a_column, ta_token, ta_column, b_token, b_column, tb_token, tb_column,
+                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, DEPTH, PRECISION, TPRECISION, INDEX,
             )  # fmt: skip
             if DIVERGENCE == "reverse_kl":
                 m_p, l_p, m_q, l_q, d = _divergence_step(
@@ -202,8 +235,9 @@ def relation_forward(
         d, slope, sum_r = zero, zero, zero
         for start in range(0, whole, KEYS):
             s, t, there = _products(
-                x, tx, b, tb, order, start, count, b_token, b_column, tb_token, tb_column,
-                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, PRECISION, TPRECISION, INDEX,
+                a, x, ta, tx, at, live, b, tb, order, start, count,
+                a_token, a_column, ta_token, ta_column, b_token, b_column, tb_token, tb_column,
+                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, DEPTH, PRECISION, TPRECISION, INDEX,
             )  # fmt: skip
             r, p = _probabilities(s, t, scale, scale_t, top_q, inverse_q, top_p, inverse_p)
             c = r - p
@@ -212,8 +246,9 @@ def relation_forward(
             sum_r += _sum(r)
         if whole < keys:
             s, t, there = _products(
-                x, tx, b, tb, order, whole, count, b_token, b_column, tb_token, tb_column,
-                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, PRECISION, TPRECISION, INDEX,
+                a, x, ta, tx, at, live, b, tb, order, whole, count,
+                a_token, a_column, ta_token, ta_column, b_token, b_column, tb_token, tb_column,
+                ORDERED, D, TD, P, TP, V, TV, KEYS, LANES, DEPTH, PRECISION, TPRECISION, INDEX,
             )  # fmt: skip
             r, p = _probabilities(s, t, scale, scale_t, top_q, inverse_q, top_p, inverse_p)
             r = tl.where(there, r, 0.0)

@@ -198,28 +198,32 @@ def residual_norm_chunks(rows: int, processors: int) -> int:
 class RelationTile:
     """One block takes `rows` tokens of a head with `warps` warps, `keys` other tokens at a time.
 
-    `stages` tiles of the others are in flight in shared memory.
+    `stages` tiles of the others are in flight in shared memory. The forward multiplies heads in
+    pieces of `depth` columns; 0: whole.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    depth: int
 
 
 @cache
-def relation(length: int, row_bytes: int, values: int, wide: bool) -> RelationTile:
+def relation(length: int, row_bytes: int, values: int, tensor_cores: bool) -> RelationTile:
     """Tile of a relation kernel.
 
-    A warp has 16 rows, as the tensor cores' layout deals them out, and of a short sequence a block
-    is as small as the sequence.
+    With tensor cores a warp has 16 rows, as their layout deals them out. Without, operands of
+    products are in registers: more warps, and heads in pieces. Of a short sequence a block is as
+    small as the sequence.
 
     Args:
         row_bytes: of one token's head, student and teacher, padded.
         values: of an element that a thread holds at a time: two scores, and what else lives long.
-        wide: products without tensor cores, whose operands take registers.
     """
     rows = max(16, min(64, next_power_of_2(length)))
-    keys = max(16, min(32 if values > 3 or wide or row_bytes > 512 else 64, rows))
-    stages = 3 if keys * row_bytes <= 16 * 1024 else 2
-    return RelationTile(rows, keys, rows // 16, stages)
+    if not tensor_cores:
+        rows = min(rows, 32 if row_bytes >= 512 else 64)
+        return RelationTile(rows, min(32, rows), min(8, rows // 4), 3 if rows == 64 else 2, 16)
+    keys = min(rows, 32 if values > 3 or row_bytes >= 512 else 64)
+    return RelationTile(rows, keys, rows // 16, 3 if keys * row_bytes <= 16 * 1024 else 2, 0)

@@ -128,10 +128,12 @@ def test_far_tokens(tmp_path, divergence):
 
 
 def test_tiles():
-    """As small as a short sequence; 16 rows to a warp; fewer keys where rows are long."""
-    assert tiles.relation(5, 64, 3, False) == tiles.RelationTile(16, 16, 1, 3)
-    assert tiles.relation(512, 64, 3, False) == tiles.RelationTile(64, 64, 4, 3)
-    assert tiles.relation(512, 1024, 3, True).keys == 32
+    """As small as a short sequence; fewer keys where rows are long or much is held at a time."""
+    assert tiles.relation(5, 64, 3, True) == tiles.RelationTile(16, 16, 1, 3, 0)
+    assert tiles.relation(512, 64, 3, True) == tiles.RelationTile(64, 64, 4, 3, 0)
+    assert tiles.relation(512, 64, 4, True).keys == 32
+    assert tiles.relation(512, 512, 3, True).keys == 32
+    assert tiles.relation(512, 1024, 3, False) == tiles.RelationTile(32, 32, 8, 2, 16)
 
 
 def test_wrong_operands_are_refused():
