@@ -104,34 +104,40 @@ def relation_factors(
 
 
 @triton.jit
-def _power(x, m):
-    """2^(x - m), at most 1: a score of a key that is not there may be far above its row's."""
-    return tl.exp2(tl.minimum(x - m, 0.0, propagate_nan=tl.PropagateNan.ALL))
+def _power(x, m, CLAMPED: tl.constexpr):
+    """2^(x - m), at most 1 if CLAMPED."""
+    if CLAMPED:
+        return tl.exp2(tl.minimum(x - m, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        return tl.exp2(x - m)
 
 
 @triton.jit
-def _gradient(s, t, u, v, m_s, m_t, inverse, mean, DIVERGENCE: tl.constexpr):
+def _gradient(s, t, u, v, m_s, m_t, inverse, mean, DIVERGENCE: tl.constexpr, CLAMPED: tl.constexpr):
     """G without constant factors, of scores and of what was saved of their rows."""
     if DIVERGENCE == "kl":
-        return _power(s, m_s) * u - _power(t, m_t) * v
+        return _power(s, m_s, CLAMPED) * u - _power(t, m_t, CLAMPED) * v
     elif DIVERGENCE == "reverse_kl":
         # Both scores less their maxima first: as in the mean, all numbers are then small.
-        return _power(s, m_s) * u * ((s - m_s) - (t - m_t) - mean)
+        return _power(s, m_s, CLAMPED) * u * ((s - m_s) - (t - m_t) - mean)
     elif DIVERGENCE == "probability_mse":
-        e = _power(s, m_s)
-        return e * u * (2.0 * (e * inverse - _power(t, m_t) * v) - mean)
+        e = _power(s, m_s, CLAMPED)
+        return e * u * (2.0 * (e * inverse - _power(t, m_t, CLAMPED) * v) - mean)
     else:
         return (s - t) * u
 
 
 @triton.jit
 def _saved(stats, factors, rank, live, layer, DIVERGENCE: tl.constexpr):
-    """u, v, m_s, m_t, inverse and mean of rows, for `_gradient`; absent ones repeat others."""
+    """u, v, m_s, m_t, inverse and mean of rows, for `_gradient`; absent ones repeat others.
+
+    All zeros for a row that is not there: its scores are 0, so are its exponents, and u is 0.
+    """
     u = tl.load(factors + rank, mask=live, other=0.0)
     v, m_s, m_t, inverse, mean = u, u, u, u, u
     if DIVERGENCE != "score_mse":
-        m_s = tl.load(stats + rank, mask=live, other=FAR)
-        m_t = tl.load(stats + 2 * layer + rank, mask=live, other=FAR)
+        m_s = tl.load(stats + rank, mask=live, other=0.0)
+        m_t = tl.load(stats + 2 * layer + rank, mask=live, other=0.0)
     if DIVERGENCE == "kl":
         v = tl.load(factors + layer + rank, mask=live, other=0.0)
     elif DIVERGENCE == "reverse_kl":
@@ -198,6 +204,9 @@ def relation_backward(
     end = tl.where(first < count, count, 0)  # a block of padding has nothing to do
     total = tl.zeros((ROWS, P), tl.float32)
 
+    # The score 0 of a key that is not there may be far above a row's scores, unless the row's own
+    # is among them, which is not negative.
+    CLAMPED: tl.constexpr = BY_ROW and not BY_COLUMN
     FACTORED: tl.constexpr = BY_ROW and BY_COLUMN and DIVERGENCE == "kl"
     # The general form needs more registers: where it is the exception, it takes half the tile.
     STEP: tl.constexpr = OTHERS // 2 if FACTORED and OTHERS > 16 else OTHERS
@@ -237,12 +246,12 @@ def relation_backward(
         elif BY_ROW:
             m = _gradient(
                 s, t, u_i[:, None], v_i[:, None], s_i[:, None], t_i[:, None],
-                inverse_i[:, None], mean_i[:, None], DIVERGENCE,
+                inverse_i[:, None], mean_i[:, None], DIVERGENCE, CLAMPED,
             )  # fmt: skip
         if BY_COLUMN and not (DIVERGENCE == "score_mse" and BY_ROW):
             other = _gradient(
                 s, t, u[None, :], v[None, :], m_s[None, :], m_t[None, :],
-                inverse[None, :], mean[None, :], DIVERGENCE,
+                inverse[None, :], mean[None, :], DIVERGENCE, False,
             )  # fmt: skip
             if BY_ROW:
                 m += other

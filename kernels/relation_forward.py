@@ -130,8 +130,8 @@ def _probabilities(s, t, scale, scale_t, top_s, inverse_s, top_t, inverse_t):
 
 
 @triton.jit
-def _save(stats, which: tl.constexpr, layer, value, absent: tl.constexpr, live, mask):
-    tl.store(stats + which * layer, tl.where(live, value, absent), mask=mask)
+def _save(stats, which: tl.constexpr, layer, value, live, mask):
+    tl.store(stats + which * layer, tl.where(live, value, 0.0), mask=mask)
 
 
 @triton.jit(
@@ -265,15 +265,15 @@ def relation_forward(
         layer = (tl.num_programs(0) // blocks) * size
         stats += row + rank
         if DIVERGENCE == "reverse_kl":
-            _save(stats, 0, layer, top_p, FAR, live, rank < length)
-            _save(stats, 1, layer, inverse_p, 0.0, live, rank < length)
-            _save(stats, 2, layer, top_q, FAR, live, rank < length)
-            _save(stats, 3, layer, mean, 0.0, live, rank < length)
+            _save(stats, 0, layer, top_p, live, rank < length)
+            _save(stats, 1, layer, inverse_p, live, rank < length)
+            _save(stats, 2, layer, top_q, live, rank < length)
+            _save(stats, 3, layer, mean, live, rank < length)
         elif DIVERGENCE != "score_mse":
-            _save(stats, 0, layer, top_q, FAR, live, rank < length)
-            _save(stats, 1, layer, inverse_q, 0.0, live, rank < length)
-            _save(stats, 2, layer, top_p, FAR, live, rank < length)
-            _save(stats, 3, layer, inverse_p, 0.0, live, rank < length)
+            _save(stats, 0, layer, top_q, live, rank < length)
+            _save(stats, 1, layer, inverse_q, live, rank < length)
+            _save(stats, 2, layer, top_p, live, rank < length)
+            _save(stats, 3, layer, inverse_p, live, rank < length)
             if DIVERGENCE == "probability_mse":
                 mean = 2.0 * tl.sum(slope, 1) / tl.where(live, tl.sum(sum_r, 1), 1.0)
-                _save(stats, 4, layer, mean, 0.0, live, rank < length)
+                _save(stats, 4, layer, mean, live, rank < length)
