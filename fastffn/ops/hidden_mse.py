@@ -213,7 +213,10 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
     if x.dtype in HALVES and any(wanted):
         mantissa, exponent = torch.frexp(factor)
         factor = torch.ldexp(torch.ones_like(factor), exponent)
-    gradient, sums, losses = None, _Sums(), []
+    gradient, sums, losses, scratch = None, _Sums(), [], None
+    if weight is None and slabs:  # one piece of memory for all, which stays in cache
+        rows_of_slab = max(part.stop - part.start for part in slabs)
+        scratch = x.new_empty((rows_of_slab, x.shape[1]), dtype=dtype)
     if wants_student and (places is not None or len(slabs) != 1):
         gradient = x.new_empty(x.shape)
         if places is not None:
@@ -221,9 +224,11 @@ def _compute(student, teacher, weight, bias, real, wanted: Sequence[bool]):
     for part in slabs:
         xs, ts = (_take(tensor, part, places) for tensor in (x, target))
         if weight is None:
-            difference = _subtract(xs, ts, dtype, False)
+            projected, into = xs, scratch[: xs.shape[0]]
         else:
-            difference = _subtract(linear(xs, weight, bias), ts, dtype, True)
+            projected = linear(xs, weight, bias)
+            into = projected if projected.dtype == dtype else None
+        difference = _subtract(projected, ts, dtype, into)
         squares = torch.linalg.vector_norm(difference, dim=1).square()
         losses.append((squares if real is None else torch.where(real[part], squares, 0)).sum())
         if not any(wanted):
@@ -262,12 +267,11 @@ def _take(x: Tensor, part: slice, places: Tensor | None) -> Tensor:
     return x.index_select(0, places[part])
 
 
-def _subtract(projected: Tensor, teacher: Tensor, dtype: torch.dtype, fresh: bool) -> Tensor:
-    """projected - teacher in `dtype`, in the memory of `projected` if that is fresh."""
-    if projected.dtype != dtype:
-        projected, fresh = projected.to(dtype), True
-    teacher = teacher if teacher.dtype == dtype else teacher.to(dtype)
-    return projected.sub_(teacher) if fresh else projected - teacher
+def _subtract(x: Tensor, teacher: Tensor, dtype: torch.dtype, into: Tensor | None) -> Tensor:
+    """x - teacher in `dtype`, which is that of `into`: the memory for it, or None."""
+    if x.dtype == dtype:
+        return torch.sub(x, teacher, out=into)
+    return x.to(dtype).sub_(teacher) if into is None else into.copy_(x).sub_(teacher)
 
 
 def _difference(student: Tensor, teacher: Tensor, real: Tensor | None, factor: Tensor) -> Tensor:
@@ -277,10 +281,12 @@ def _difference(student: Tensor, teacher: Tensor, real: Tensor | None, factor: T
     dtype, device = compute_dtype(student, teacher), student.device.type
     padding = None if real is None else ~real.reshape(-1, 1)
     for part in _slabs(x.shape[0], x.shape[1] * dtype.itemsize, device, False):
-        difference = _subtract(x[part], target[part], dtype, False).mul_(factor)
+        place = into[part] if out.dtype == dtype else None
+        difference = _subtract(x[part], target[part], dtype, place).mul_(factor)
         if padding is not None:
             difference.masked_fill_(padding[part], 0)
-        into[part] = difference
+        if place is None:
+            into[part] = difference
     return out
 
 
