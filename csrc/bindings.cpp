@@ -15,6 +15,11 @@ DType dtype_of(int number) {
   return static_cast<DType>(number);
 }
 
+Tokens tokens(const TokensTuple& tuple) {
+  const auto& [address, dtype, batch, row, column] = tuple;
+  return {reinterpret_cast<char*>(address), dtype_of(dtype), batch, row, column};
+}
+
 Matrix matrix(const MatrixTuple& tuple) {
   const auto& [address, dtype, row, column] = tuple;
   return {reinterpret_cast<char*>(address), dtype_of(dtype), row, column};
@@ -145,6 +150,40 @@ bool make_residual_norm_backward(const ResidualNormArguments& arguments,
   call.chunk = gradients.chunk;
   fill_summed(gradients.summed, *call.gradient, call.summed, call.summed_count);
   return call.rows > 0 && call.columns > 0;
+}
+
+void make_relation(const RelationArguments& from, Relation& call) {
+  for (const int64_t size : {from.batch, from.length, from.heads, from.width, from.teacher_width})
+    require(size >= 0 && size <= INT32_MAX, "relation: a size out of range");
+  require(from.divergence >= 0 && from.divergence <= static_cast<int>(Divergence::kScoreMse),
+          "relation: unknown divergence");
+  call = {
+      .batch = from.batch,
+      .length = from.length,
+      .heads = from.heads,
+      .width = from.width,
+      .teacher_width = from.teacher_width,
+      .a = tokens(from.a),
+      .b = tokens(from.b),
+      .teacher_a = tokens(from.teacher_a),
+      .teacher_b = tokens(from.teacher_b),
+      .real = reinterpret_cast<const uint8_t*>(from.real),
+      .real_stride = {from.real_stride.first, from.real_stride.second},
+      .scale = from.scale,
+      .teacher_scale = from.teacher_scale,
+      .divergence = static_cast<Divergence>(from.divergence),
+      .weights = reinterpret_cast<const char*>(from.weights),
+      .weights_stride = {std::get<0>(from.weights_stride), std::get<1>(from.weights_stride),
+                         std::get<2>(from.weights_stride)},
+      .in_double = from.in_double,
+      .rows = reinterpret_cast<char*>(from.rows),
+      .loss = reinterpret_cast<char*>(from.loss),
+      .da = tokens(from.da),
+      .db = tokens(from.db),
+  };
+  require(call.weights || !(call.loss || call.da.data || call.db.data),
+          "relation: a loss or a gradient without weights");
+  require(!call.is_self() || !call.db.data, "relation: two gradients of one operand");
 }
 
 }  // namespace fastffn

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "relation.h"
 #include "residual_norm.h"
 
 namespace fastffn {
@@ -58,5 +59,24 @@ struct ResidualNormGradients {
 bool make_residual_norm_backward(const ResidualNormArguments& arguments,
                                  const ResidualNormGradients& gradients,
                                  ResidualNormBackward& call);
+
+// (address, dtype, strides of batch, row and column); address 0: absent.
+using TokensTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
+
+struct RelationArguments {
+  int64_t batch, length, heads, width, teacher_width;
+  TokensTuple a, b, teacher_a, teacher_b;
+  uintptr_t real;
+  std::pair<int64_t, int64_t> real_stride;
+  double scale, teacher_scale;
+  int divergence;
+  uintptr_t weights;
+  std::tuple<int64_t, int64_t, int64_t> weights_stride;
+  bool in_double;
+  uintptr_t rows, loss;
+  TokensTuple da, db;
+};
+
+void make_relation(const RelationArguments& arguments, Relation& call);
 
 }  // namespace fastffn

@@ -66,6 +66,40 @@ void residual_norm_backward(const Program& program, int64_t rows, int64_t column
   run_residual_norm_backward(call);
 }
 
+void relation(int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t teacher_width,
+              const TokensTuple& a, const TokensTuple& b, const TokensTuple& teacher_a,
+              const TokensTuple& teacher_b, uintptr_t real,
+              const std::pair<int64_t, int64_t>& real_stride, double scale, double teacher_scale,
+              int divergence, uintptr_t weights,
+              const std::tuple<int64_t, int64_t, int64_t>& weights_stride, bool in_double,
+              uintptr_t rows, uintptr_t loss, const TokensTuple& da, const TokensTuple& db) {
+  Relation call{};
+  make_relation({batch,
+                 length,
+                 heads,
+                 width,
+                 teacher_width,
+                 a,
+                 b,
+                 teacher_a,
+                 teacher_b,
+                 real,
+                 real_stride,
+                 scale,
+                 teacher_scale,
+                 divergence,
+                 weights,
+                 weights_stride,
+                 in_double,
+                 rows,
+                 loss,
+                 da,
+                 db},
+                call);
+  py::gil_scoped_release release;
+  run_relation(call);
+}
+
 }  // namespace
 }  // namespace fastffn
 
@@ -79,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("summed_elementwise", &summed_elementwise);
   m.def("residual_norm", &residual_norm);
   m.def("residual_norm_backward", &residual_norm_backward);
+  m.def("relation", &relation);
 #ifdef FASTFFN_CUDA
   bind_cuda(m);
 #endif

@@ -5,7 +5,7 @@ from .ops.ffn import ffn
 from .ops.hidden_mse import hidden_mse
 from .ops.logits import soft_cross_entropy
 from .ops.named_relations import attention_relations
-from .ops.relation import relation_kl, relation_loss, split_relation_heads
+from .ops.relation_losses import relation_kl, relation_loss, score_mse, split_relation_heads
 from .ops.residual_norm import residual_norm
 from .ops.vector_cosine import vector_cosine
 
@@ -17,6 +17,7 @@ __all__ = [
     "relation_kl",
     "relation_loss",
     "residual_norm",
+    "score_mse",
     "soft_cross_entropy",
     "split_relation_heads",
     "vector_cosine",

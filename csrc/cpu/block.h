@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../elementwise.h"
+#include "../relation.h"
 #include "../residual_norm.h"
 #include "math.h"
 
@@ -25,6 +26,7 @@ const Loop<double>* loops<double>();
 void summed_elementwise(const SummedElementwise& call);
 void residual_norm(const ResidualNormForward& call);
 void residual_norm_backward(const ResidualNormBackward& call);
+void relation(const Relation& call);
 
 }  // namespace fastffn::FASTFFN_ISA
 

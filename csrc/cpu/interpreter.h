@@ -1,10 +1,11 @@
-// The CPU kernels over Programs: entry points, and the variants that dispatch.cpp chooses from.
+// The CPU kernels: entry points, and the variants that dispatch.cpp chooses from.
 #pragma once
 
 #include <string_view>
 #include <vector>
 
 #include "../elementwise.h"
+#include "../relation.h"
 #include "../residual_norm.h"
 
 namespace fastffn {
@@ -14,6 +15,7 @@ void run_elementwise(const Elementwise& call);
 void run_summed_elementwise(const SummedElementwise& call);
 void run_residual_norm(const ResidualNormForward& call);
 void run_residual_norm_backward(const ResidualNormBackward& call);
+void run_relation(const Relation& call);
 
 // Name of the instruction set in use, and of all that this build holds and this processor runs.
 const char* active_isa();
@@ -32,6 +34,7 @@ struct Variant {
   void (*summed_elementwise)(const SummedElementwise& call);
   void (*residual_norm)(const ResidualNormForward& call);
   void (*residual_norm_backward)(const ResidualNormBackward& call);
+  void (*relation)(const Relation& call);
   bool (*function)(const char* name, const float* from, float* to, int64_t n);
 };
 namespace baseline {

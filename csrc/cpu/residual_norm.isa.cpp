@@ -150,10 +150,9 @@ void over_rows(const ResidualNorm& call, int64_t piece, int64_t memory_size, Bod
   const int64_t pieces = (call.rows + piece - 1) / piece;
 #pragma omp parallel if (call.rows * call.columns >= kSerialElements)
   {
-    std::vector<T> memory(memory_size + 64 / sizeof(T));
-    T* aligned =
-        reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
-    Arena<T> arena(aligned);
+    const Memory<T> memory = allocate<T>(memory_size);
+    std::fill_n(memory.get(), memory_size, T(0));
+    Arena<T> arena(memory.get());
     auto worker = body(arena);
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < pieces; ++at)

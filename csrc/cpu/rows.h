@@ -2,6 +2,7 @@
 // only by *.isa.cpp, as block.h.
 #pragma once
 
+#include "arena.h"
 #include "block.h"
 
 namespace {
@@ -91,21 +92,5 @@ void add_to(T* sums, const T* values, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) sums[i] += values[i];
 }
-
-// Memory of one thread, cut into pieces that are aligned to vectors.
-template <class T>
-class Arena {
- public:
-  explicit Arena(T* memory) : next_(memory) {}
-  static int64_t rounded(int64_t elements) { return (elements + 63) & -64; }
-  T* take(int64_t elements) {
-    T* taken = next_;
-    next_ += rounded(elements);
-    return taken;
-  }
-
- private:
-  T* next_;
-};
 
 }  // namespace

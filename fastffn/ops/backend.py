@@ -12,7 +12,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -71,7 +71,7 @@ def triton() -> tuple[ModuleType | None, str]:
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     try:
-        for name in ("segment", "linear", "residual_norm"):
+        for name in ("segment", "linear", "residual_norm", "relation"):
             importlib.import_module(f"fastffn.kernels.{name}")
     except ImportError as error:
         return None, f"triton does not import ({error})"
@@ -111,6 +111,22 @@ def cuda_engine() -> str:
     return "reference" if triton()[0] is None else "triton"
 
 
+def relation_engine(tensors: Sequence[torch.Tensor]) -> str:
+    """Who serves relations of these: "cpp", "triton" or "reference".
+
+    Relations have no Program: csrc has no CUDA kernel of them, and Triton compiles one for each
+    head width, not for each gene.
+    """
+    if tensors[0].is_cpu:
+        return "reference" if cpp()[0] is None else "cpp"
+    suits = tensors[0].is_cuda and all(x.dtype != torch.float64 for x in tensors)
+    return "triton" if suits and _relations_on_triton() else "reference"
+
+
+def _relations_on_triton() -> bool:
+    return _setting() != "interpreter" and triton()[0] is not None
+
+
 def explain() -> list[tuple[str, str, str, str]]:
     """Rows (op, device, backend that serves it, reason), for `fastffn doctor`."""
     module, reason = cpp()
@@ -118,10 +134,9 @@ def explain() -> list[tuple[str, str, str, str]]:
     on_cuda = ("cuda", *_explain_cuda())
     ops = ("elementwise", "residual_norm", "ffn")
     rows = [(op, *row) for op in ops for row in (on_cpu, on_cuda)]
-    rows += [
-        ("relation_kl", device, "torch", "chunked torch operations on every device")
-        for device in ("cpu", "cuda")
-    ]
+    if torch.cuda.is_available() and not _relations_on_triton():
+        on_cuda = ("cuda", "reference", "a few heads at a time; only Triton has a kernel for CUDA")
+    rows += [("relation", *row) for row in (on_cpu, on_cuda)]
     return [*rows, ("linear", "cpu", "torch", matmul.explain())]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import hidden_mse as _hidden_mse  # noqa: F401  its op must be there
+from . import relation as _relation  # noqa: F401
 
 
 def _products(x, gate, widths) -> tuple[int, int]:
@@ -52,3 +53,30 @@ def hidden_mse(student, teacher, weight, bias, real, out_shape=None, **_) -> int
 def hidden_mse_forward(student, teacher, weight, bias, real, wanted, out_shape=None, **_) -> int:
     """The projection, and the products of the gradients, which are made with it."""
     return _projection(student, weight) * (1 + wanted[0] + wanted[1])
+
+
+def _maps(a, teacher_a) -> tuple[int, int]:
+    """Scores of both models, and one product of the student's maps with its tokens."""
+    batch, length, width = a
+    per_column = 2 * batch * length * length
+    return per_column * (width + teacher_a[-1]), per_column * width
+
+
+@register_flop_formula(torch.ops.fastffn.relation)
+def relation(a, b, teacher_a, teacher_b, real, weights, heads, *settings, out_shape=None, **_):
+    return _maps(a, teacher_a)[0]
+
+
+@register_flop_formula(torch.ops.fastffn.relation_forward)
+def relation_forward(a, b, teacher_a, teacher_b, real, weights, heads, temperature, divergence,
+                     wanted, out_shape=None, **_) -> int:  # fmt: skip
+    """With weights: the gradients too, although on CUDA the backward makes them."""
+    scores, product = _maps(a, teacher_a)
+    return scores + (0 if weights is None else sum(wanted) * product)
+
+
+@register_flop_formula(torch.ops.fastffn.relation_backward)
+def relation_backward(a, b, teacher_a, teacher_b, real, weights, kept, heads, temperature,
+                      divergence, wanted, out_shape=None, **_) -> int:  # fmt: skip
+    scores, product = _maps(a, teacher_a)
+    return scores + sum(wanted) * product

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..errors import UserError
-from .relation import relation_loss
+from .relation_losses import relation_loss
 
 
 def attention_relations(

@@ -1,262 +1,286 @@
-"""Attention-relation distillation: KL between two models' token-to-token relations.
+"""The op `fastffn::relation`: how far a student's token-to-token maps are from a teacher's.
 
-A relation of a and b, both [batch, length, width], is what attention computes, head by head:
+Per example and relation head, over real tokens, with d the width of a head:
 
-    softmax(a_h b_h^T / (sqrt(d) * temperature))         d = width / num_heads, h = 1 .. num_heads
+    S = a b^T / (sqrt(d) temperature)     R = softmax(S)      student
+    T = the same of the teacher           P = softmax(T)
 
-MiniLMv2 (arXiv 2012.15828) splits queries, keys or values of one layer into *relation heads*
-(usually 48), whatever the number of attention heads, and pulls the student's relations towards
-the teacher's. Only length x length maps are compared, so the two widths may differ.
+    divergence         value of a query's row          what of it is whose
+    kl                 sum P (log P - log R)           MiniLM 2002.10957, MiniLMv2 2012.15828
+    reverse_kl         sum R (log R - log P)
+    probability_mse    sum (R - P)^2                   AutoDistil 2201.12507
+    score_mse          sum (S - T)^2                   TinyBERT 1909.10351, EfficientBERT 2109.07222
 
-What is computed here, for each example and head, is
+The op returns the rows' values, [batch, heads, length], or with `weights` their weighted sum. No
+length x length map is kept or, in a kernel, ever made: on a CPU csrc/cpu/relation_head.h holds a
+strip of it at a time, on CUDA kernels/relation.py a tile.
 
-    sum_i w_i KL(P_i || R_i)       P teacher's rows, R student's, w_i = 1 / (heads * tokens * batch)
+Kept for the backward. A weighted sum on a CPU makes loss and gradients in one call, since the
+gradient of a sum is known but for a factor, and the exponentials are there: kept is the gradient,
+as large as a and b. Everything else keeps the inputs; on CUDA also some statistics of each row,
+from which the backward computes its tiles again.
 
-that is, the mean over relation heads, over the real tokens of each example, over the examples.
-Masked keys take no part in the softmax; masked queries weigh nothing; what padding holds, NaN
-and infinity included, changes nothing; an example without tokens adds 0.
-
-Loss and gradient are made in one pass over chunks of (batch x heads), because a chunk holds all
-that the gradient needs: with G = w (R - P), dL/da = G b and dL/db = G^T a. Saved for backward are
-only those two, as large as the inputs, and no length x length map outlives its chunk. Why not
-plain autograd over the formula: it keeps 8 bytes per map entry and relation, 10 GB for QQ, KK and
-VV at batch 32, length 512 and 48 heads. `relation_reference.py` holds that formula, as the oracle.
+A relation of a with itself (b and teacher_b None) is symmetric, which halves the work. The
+functions for users are in `relation_losses`.
 """
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastffn.errors import UserError
+from . import backend, relation_chunked
+from . import relation_reference as oracle
+from .elementwise import is_plain, is_transformed
+from .execute import DTYPES, HALVES, compute_dtype, in_memory
 
-# Entries of the length x length maps computed at a time; four maps of fp32 are then 16 MiB.
-_CHUNK = 1 << 20
+DIVERGENCES = ("kl", "reverse_kl", "probability_mse", "score_mse")  # csrc/relation.h
+_ABSENT = (0, 0, 0, 0, 0)
+
+_library = torch.library.Library("fastffn", "FRAGMENT")
+_OPERANDS = "Tensor a, Tensor? b, Tensor teacher_a, Tensor? teacher_b, Tensor? real"
+_SETTINGS = "int heads, float temperature, str divergence"
+_library.define(f"relation({_OPERANDS}, Tensor? weights, {_SETTINGS}) -> Tensor")
+_library.define(
+    f"relation_forward({_OPERANDS}, Tensor? weights, {_SETTINGS}, bool[] wanted)"
+    " -> (Tensor, Tensor?[])"
+)
+_library.define(
+    f"relation_backward({_OPERANDS}, Tensor weights, Tensor?[] kept, {_SETTINGS}, bool[] wanted)"
+    " -> Tensor?[]"
+)
 
 
-def split_relation_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Splits the width into relation heads: [batch, length, width] -> [batch, heads, length, d].
-
-    A view. The number of relation heads is independent of the model's attention heads.
-
-    Raises:
-        UserError: `num_heads` does not divide the width.
-    """
-    if num_heads < 1 or x.shape[-1] % num_heads:
-        raise _heads_error(num_heads, {x.shape[-1]})
-    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
-
-
-def relation_kl(
-    student_a: Tensor,
-    student_b: Tensor,
+def relation(
+    a: Tensor,
+    b: Tensor | None,
     teacher_a: Tensor,
-    teacher_b: Tensor,
-    num_heads: int = 48,
-    attention_mask: Tensor | None = None,
+    teacher_b: Tensor | None,
+    real: Tensor | None,
+    weights: Tensor | None,
+    heads: int,
     temperature: float = 1.0,
+    divergence: str = "kl",
 ) -> Tensor:
-    """KL divergence of the student's relations of (a, b) from the teacher's, a scalar.
+    """Values of the rows, or their weighted sum; the caller has checked the arguments.
 
     Args:
-        student_a, student_b: [batch, length, student width], floating point.
-        teacher_a, teacher_b: [batch, length, teacher width]; no gradient flows into them.
-        num_heads: relation heads; must divide both widths.
-        attention_mask: [batch, length], bool or integer, non-zero at real tokens; None: all real.
-        temperature: divides the scores; the loss is multiplied by its square, which keeps the
-            gradient's size.
+        a, b: [batch, length, heads * d], any floating-point type and strides. b None: a.
+        teacher_a, teacher_b: [batch, length, heads * d_t]; no gradient flows into them.
+        real: bool [batch, length], or None: all tokens are real. What padding holds, NaN included,
+            changes nothing.
+        weights: of the rows, [batch, heads, length] in the result's type, any strides, 0 at
+            padding; no gradient flows into them.
 
     Returns:
-        A scalar in nats, float64 for float64 students and else float32. Sums are made in that
-        precision whatever the inputs' (autocast has no say). Differentiable once.
-
-    Raises:
-        UserError: shapes or heads that do not fit, a mask of another shape or type, a teacher
-            that requires a gradient, a temperature that is not positive.
+        [batch, heads, length], 0 at padding, or a scalar: float64 if an operand is, else float32.
+        Differentiable once. Equal inputs give equal bits, on any number of threads.
     """
-    _check(student_a, student_b, teacher_a, teacher_b, num_heads, attention_mask, temperature)
-    return _RelationKL.apply(
-        student_a,
-        student_b,
-        teacher_a,
-        teacher_b,
-        num_heads,
-        attention_mask,
-        temperature,
-        torch.is_grad_enabled(),
+    operands = (a, b, teacher_a, teacher_b, real)
+    settings = (heads, temperature, divergence)
+    if is_transformed():
+        rows = oracle.relation(*operands, *settings)
+        return rows if weights is None else (rows * weights).sum()
+    if not is_plain([x for x in (*operands, weights) if x is not None]):
+        return _op(*operands, weights, *settings)
+    if any(_wanted(a, b)):
+        return _Relation.apply(True, *operands, weights, *settings)
+    return _inference(*operands, weights, *settings)
+
+
+def _wanted(a: Tensor, b: Tensor | None) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in (a, b)]
+
+
+def _scales(a: Tensor, teacher_a: Tensor, heads: int, temperature: float) -> tuple[float, float]:
+    return tuple((x.shape[-1] / heads) ** -0.5 / temperature for x in (a, teacher_a))
+
+
+def _engine(a, b, teacher_a, teacher_b, real) -> str:
+    return backend.relation_engine([x for x in (a, b, teacher_a, teacher_b) if x is not None])
+
+
+def _kept_dtype(x: Tensor) -> torch.dtype:
+    """Of gradients that still lack the upstream factor: in half precision they might underflow."""
+    return torch.float32 if x.dtype in HALVES else x.dtype
+
+
+def _tokens(x: Tensor | None) -> tuple[int, int, int, int, int]:
+    return _ABSENT if x is None else (x.data_ptr(), DTYPES[x.dtype], *x.stride())
+
+
+def _run_cpp(operands, weights, settings, rows, loss, gradients) -> None:
+    a, b, teacher_a, teacher_b, real = operands
+    heads, temperature, divergence = settings
+    batch, length, width = a.shape
+    backend.cpp()[0].relation(
+        batch,
+        length,
+        heads,
+        width // heads,
+        teacher_a.shape[-1] // heads,
+        *(_tokens(x) for x in (a, b, teacher_a, teacher_b)),
+        0 if real is None else real.data_ptr(),
+        (0, 0) if real is None else real.stride(),
+        *_scales(a, teacher_a, heads, temperature),
+        DIVERGENCES.index(divergence),
+        0 if weights is None else weights.data_ptr(),
+        (0, 0, 0) if weights is None else weights.stride(),
+        compute_dtype(*operands[:4]) == torch.float64,
+        0 if rows is None else rows.data_ptr(),
+        0 if loss is None else loss.data_ptr(),
+        *(_tokens(x) for x in gradients),
     )
 
 
-def relation_loss(
-    pairs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
-    weights: Sequence[float] | None = None,
-    num_heads: int = 48,
-    attention_mask: Tensor | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Weighted sum of several relations' `relation_kl`, a scalar.
+def _empty_rows(operands, heads: int) -> Tensor:
+    a = operands[0]
+    return a.new_empty((a.shape[0], heads, a.shape[1]), dtype=compute_dtype(*operands[:4]))
 
-    MiniLMv2's loss is `pairs = [(q_s, q_s, q_t, q_t), (k_s, ...), (v_s, ...)]`, weights 1;
-    MiniLM's is (q_s, k_s, q_t, k_t) and (v_s, v_s, v_t, v_t) with the attention heads.
 
-    Args:
-        pairs: (student_a, student_b, teacher_a, teacher_b) of each relation.
-        weights: one number for each pair; None: 1 each.
-
-    Raises:
-        UserError: no pairs, as many weights as there are not pairs, or as `relation_kl`.
-    """
-    if not pairs:
-        raise UserError("relation_loss needs at least one pair of tensors to relate")
-    weights = [1.0] * len(pairs) if weights is None else list(weights)
-    if len(weights) != len(pairs):
-        raise UserError(f"{len(weights)} weights for {len(pairs)} relations: give one for each")
-    terms = [
-        weight * relation_kl(*pair, num_heads, attention_mask, temperature)
-        for weight, pair in zip(weights, pairs, strict=True)
+def _empty_gradients(a, b, wanted, dtype_of) -> list[Tensor | None]:
+    return [
+        x.new_empty(x.shape, dtype=dtype_of(x)) if want else None
+        for x, want in zip((a, b), wanted, strict=True)
     ]
-    return torch.stack(terms).sum()
 
 
-class _RelationKL(torch.autograd.Function):
+def _forward(a, b, teacher_a, teacher_b, real, weights, heads, temperature, divergence, wanted):
+    """(rows or weighted sum, what is kept: gradients or statistics)."""
+    operands = [in_memory(x) for x in (a, b, teacher_a, teacher_b)] + [real]
+    settings = heads, temperature, divergence
+    engine = _engine(*operands)
+    if engine == "triton":
+        rows = _empty_rows(operands, heads)
+        kernels = backend.triton()[0].relation
+        stats = None
+        if any(wanted):
+            stats = rows.new_empty((kernels.stats_count(divergence), *rows.shape))
+        scales = _scales(a, teacher_a, heads, temperature)
+        kernels.forward(*operands, heads, *scales, divergence, rows, stats)
+        return (rows if weights is None else (rows * weights).sum()), [stats]
+    rows = _empty_rows(operands, heads) if weights is None else None
+    loss = None if weights is None else a.new_empty((), dtype=weights.dtype)
+    gradients = [None, None]
+    if weights is not None:
+        gradients = _empty_gradients(a, b, wanted, _kept_dtype)
+    run = _run_cpp if engine == "cpp" else relation_chunked.run
+    run(operands, weights, settings, rows, loss, gradients)
+    return (rows if weights is None else loss), gradients
+
+
+def _backward(
+    a, b, teacher_a, teacher_b, real, weights, kept, heads, temperature, divergence, wanted
+) -> list[Tensor | None]:
+    """Gradients of the rows' sum, each row times its weight."""
+    operands = [in_memory(x) for x in (a, b, teacher_a, teacher_b)] + [real]
+    settings = heads, temperature, divergence
+    weights = in_memory(weights)
+    gradients = _empty_gradients(a, b, wanted, lambda x: x.dtype)
+    engine = _engine(*operands)
+    if engine == "triton":
+        backend.triton()[0].relation.backward(
+            *operands,
+            heads,
+            *_scales(a, teacher_a, heads, temperature),
+            divergence,
+            kept[0],
+            weights,
+            *gradients,
+        )
+    else:
+        run = _run_cpp if engine == "cpp" else relation_chunked.run
+        run(operands, weights, settings, None, None, gradients)
+    return gradients
+
+
+def _inference(*arguments) -> Tensor:
+    return _forward(*arguments, (False, False))[0]
+
+
+def _fake(*arguments) -> Tensor:
+    *operands, weights, heads, _, _ = arguments
+    rows = _empty_rows(operands, heads)
+    return rows if weights is None else rows.new_empty(())
+
+
+def _fake_forward(
+    a, b, teacher_a, teacher_b, real, weights, heads, temperature, divergence, wanted
+):
+    operands = a, b, teacher_a, teacher_b, real
+    rows = _empty_rows(operands, heads)
+    kept = [None, None]
+    if _engine(*operands) == "triton":
+        count = backend.triton()[0].relation.stats_count(divergence)
+        kept = [rows.new_empty((count, *rows.shape)) if any(wanted) else None]
+    elif weights is not None:
+        kept = _empty_gradients(a, b, wanted, _kept_dtype)
+    return (rows if weights is None else rows.new_empty(())), kept
+
+
+def _fake_backward(
+    a, b, teacher_a, teacher_b, real, weights, kept, heads, temperature, divergence, wanted
+) -> list[Tensor | None]:
+    return _empty_gradients(a, b, wanted, lambda x: x.dtype)
+
+
+class _Relation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_a, student_b, teacher_a, teacher_b, heads, mask, tau, with_grad):
-        dtype = torch.float64 if student_a.dtype == torch.float64 else torch.float32
-        real = None if mask is None else mask != 0
-        with torch.autocast(student_a.device.type, enabled=False):
-            loss, grad_a, grad_b = _loss_and_gradients(
-                (student_a, student_b),
-                (teacher_a, teacher_b),
-                heads,
-                real,
-                tau,
-                dtype,
-                [with_grad and need for need in ctx.needs_input_grad[:2]],
-            )
-        ctx.save_for_backward(grad_a, grad_b)
-        return loss
+    def forward(ctx, plain: bool, *arguments):
+        wanted = list(ctx.needs_input_grad[1:3])
+        *operands, weights, heads, temperature, divergence = arguments
+        if plain:
+            result, kept = _forward(*arguments, wanted)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                result, kept = _forward_op(*arguments, wanted)
+        ctx.settings = heads, temperature, divergence
+        ctx.wanted, ctx.count = wanted, len(kept)
+        ctx.has_gradients = weights is not None and _engine(*operands) != "triton"
+        ctx.dtypes = [None if x is None else x.dtype for x in operands[:2]]
+        again = () if ctx.has_gradients else (*operands, weights)
+        # A teacher that ran under inference_mode cannot be saved, only held.
+        ctx.held = {k: x for k, x in enumerate(again) if x is not None and x.is_inference()}
+        ctx.save_for_backward(*kept, *(None if k in ctx.held else x for k, x in enumerate(again)))
+        return result
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError("relation_kl can be differentiated once: its gradient has none")
-        grads = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
-        return *grads, None, None, None, None, None, None
-
-
-def _loss_and_gradients(student, teacher, heads, real, tau, dtype, needs):
-    batch, length, width = student[0].shape
-    scale = (width // heads) ** -0.5 / tau
-    teacher_scale = (teacher[0].shape[-1] // heads) ** -0.5 / tau
-    a, b = (_rows(x, heads, real, dtype) for x in student)
-    ta, tb = (_rows(x, heads, real, dtype) for x in teacher)
-    a *= scale
-    ta *= teacher_scale
-    weights, bias = _weights_and_bias(batch, length, heads, real, tau, a)
-
-    loss = a.new_zeros(())
-    grad_a = torch.empty_like(a) if needs[0] else None
-    grad_b = torch.empty_like(b) if needs[1] else None
-    step = max(1, _CHUNK // max(1, length * length))
-    for start in range(0, batch * heads, step):
-        rows = slice(start, start + step)
-        teacher_log = (ta[rows] @ tb[rows].mT + bias[rows]).log_softmax(-1)
-        student_log = (a[rows] @ b[rows].mT + bias[rows]).log_softmax(-1)
-        p = teacher_log.exp()
-        w = weights[rows].unsqueeze(-1)
-        loss += (w * p * (teacher_log - student_log)).sum()
-        if any(needs):
-            g = student_log.exp_().sub_(p).mul_(w)
-            if needs[0]:
-                torch.bmm(g, b[rows], out=grad_a[rows])
-            if needs[1]:
-                torch.bmm(g.mT, a[rows], out=grad_b[rows])
-    if needs[0]:
-        grad_a *= scale  # a was scaled beforehand, so grad_b has its factor already
-    grads = [
-        None if grad is None else _unrows(grad, batch, heads).to(x.dtype)
-        for grad, x in zip((grad_a, grad_b), student, strict=True)
-    ]
-    return loss, *grads
-
-
-def _rows(x, heads, real, dtype):
-    """[batch, length, width] -> fresh [batch * heads, length, d] of `dtype`, padding zeroed."""
-    if real is not None:
-        x = torch.where(real.unsqueeze(-1), x, 0)  # a product would keep NaN and infinity
-    rows = split_relation_heads(x, heads).flatten(0, 1)
-    return rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _unrows(rows, batch, heads):
-    return rows.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
-
-
-def _weights_and_bias(batch, length, heads, real, tau, like):
-    """Each query's weight [batch * heads, length]; what masks keys, [batch * heads, 1, length].
-
-    The bias is finite: a row without any key has then a finite softmax, and weight 0.
-    """
-    if real is None:
-        real = torch.ones(batch, length, dtype=torch.bool, device=like.device)
-    tokens = real.sum(-1, keepdim=True).clamp(min=1)
-    weights = torch.where(real, tau * tau / (heads * batch * tokens.to(like.dtype)), 0)
-    bias = torch.zeros_like(weights).masked_fill_(~real, torch.finfo(like.dtype).min / 4)
-    weights, bias = (x.repeat_interleave(heads, 0) for x in (weights, bias))
-    return weights, bias.unsqueeze(1)
-
-
-def _check(student_a, student_b, teacher_a, teacher_b, heads, mask, temperature):
-    named = {
-        "student_a": student_a,
-        "student_b": student_b,
-        "teacher_a": teacher_a,
-        "teacher_b": teacher_b,
-    }
-    for name, x in named.items():
-        if x.dim() != 3 or not x.is_floating_point():
-            raise UserError(
-                f"{name} is {x.dtype} of shape {tuple(x.shape)}: "
-                "relations need floating point [batch, length, width]"
+        if torch.is_grad_enabled():  # once_differentiable lets some double backwards pass, and lie
+            raise RuntimeError(
+                "fastffn: relations can be differentiated once (no create_graph=True); "
+                "use fastffn.ops.relation_reference.relation for more"
             )
-        if x.shape[:2] != student_a.shape[:2]:
-            raise UserError(
-                f"{name} has shape {tuple(x.shape)} beside student_a's {tuple(student_a.shape)}: "
-                "batch and length must agree"
-            )
-    for model, a, b in (("student", student_a, student_b), ("teacher", teacher_a, teacher_b)):
-        if a.shape != b.shape:
-            raise UserError(
-                f"{model}_a is {a.shape[-1]} wide and {model}_b {b.shape[-1]}: "
-                "a relation needs equal widths"
-            )
-    if teacher_a.requires_grad or teacher_b.requires_grad:
-        raise UserError(
-            "the teacher requires a gradient: run it under torch.inference_mode() or detach it"
-        )
-    widths = {student_a.shape[-1], teacher_a.shape[-1]}
-    if heads < 1 or any(width % heads for width in widths):
-        raise _heads_error(heads, widths)
-    if mask is not None:
-        if mask.shape != student_a.shape[:2]:
-            raise UserError(
-                f"attention_mask has shape {tuple(mask.shape)}: "
-                f"expected [batch, length] = {list(student_a.shape[:2])}"
-            )
-        if mask.is_floating_point() or mask.is_complex():
-            raise UserError(
-                f"attention_mask is {mask.dtype}: expected bool or integers, 1 at real tokens "
-                "(not a mask that is added to scores)"
-            )
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise UserError(f"temperature {temperature} is not a positive number")
+        saved = ctx.saved_tensors
+        kept, operands = list(saved[: ctx.count]), saved[ctx.count :]
+        if ctx.has_gradients:
+            gradients = [
+                None if x is None else (x * grad).to(dtype)
+                for x, dtype in zip(kept, ctx.dtypes, strict=True)
+            ]
+        else:
+            *operands, weights = (ctx.held.get(k, x) for k, x in enumerate(operands))
+            weights = grad if weights is None else weights * grad
+            plain = is_plain([x for x in (weights, *kept, *operands) if x is not None])
+            function = _backward if plain else _backward_op
+            gradients = function(*operands, weights, kept, *ctx.settings, ctx.wanted)
+        return None, *gradients, *[None] * 7
 
 
-def _heads_error(heads, widths):
-    common = math.gcd(*widths)
-    fitting = [n for n in range(1, common + 1) if common % n == 0]
-    return UserError(
-        f"{heads} relation heads do not divide the width{'s' if len(widths) > 1 else ''} "
-        f"{' and '.join(map(str, sorted(widths)))}: choose one of {fitting}"
-    )
+def _autograd(*arguments) -> Tensor:
+    if any(_wanted(*arguments[:2])):
+        return _Relation.apply(False, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*arguments)
+
+
+for _device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+    _library.impl("relation", _inference, _device)
+    _library.impl("relation_forward", _forward, _device)
+    _library.impl("relation_backward", _backward, _device)
+_library.impl("relation", _autograd, "Autograd")
+torch.library.register_fake("fastffn::relation", _fake, lib=_library)
+torch.library.register_fake("fastffn::relation_forward", _fake_forward, lib=_library)
+torch.library.register_fake("fastffn::relation_backward", _fake_backward, lib=_library)
+_op = torch.ops.fastffn.relation.default
+_forward_op = torch.ops.fastffn.relation_forward.default
+_backward_op = torch.ops.fastffn.relation_backward.default

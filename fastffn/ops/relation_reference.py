@@ -1,45 +1,60 @@
-"""The oracle of `relation_kl`: the formula in plain torch, autograd and full maps included.
+"""The oracle of `relation`: the formula in plain torch, autograd and full maps included.
 
-Written for reading, one example at a time: an example's real tokens are cut out, so that there is
-no mask whose handling could be wrong. Use it on small float64 tensors.
+It keeps length x length maps for every head: use it on small tensors. Differentiable any number of
+times.
 """
 
 import torch
 from torch import Tensor
 
-from fastffn.ops.relation import split_relation_heads
 
-
-def relation_kl_reference(
-    student_a: Tensor,
-    student_b: Tensor,
+def relation(
+    a: Tensor,
+    b: Tensor | None,
     teacher_a: Tensor,
-    teacher_b: Tensor,
-    num_heads: int = 48,
-    attention_mask: Tensor | None = None,
+    teacher_b: Tensor | None,
+    real: Tensor | None,
+    heads: int,
     temperature: float = 1.0,
+    divergence: str = "kl",
 ) -> Tensor:
-    """As `fastffn.functional.relation_kl`, without checks and in the inputs' own precision."""
-    batch, length, _ = student_a.shape
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, length, dtype=torch.bool, device=student_a.device)
-    total = student_a[:0].sum() + student_b[:0].sum()  # 0, but known to autograd
-    for example in range(batch):
-        real = attention_mask[example].nonzero().squeeze(-1)
-        if len(real) == 0:
-            continue
-        student = _relation(
-            student_a[example, real], student_b[example, real], num_heads, temperature
-        )
-        teacher = _relation(
-            teacher_a[example, real], teacher_b[example, real], num_heads, temperature
-        )
-        divergence = (teacher.exp() * (teacher - student)).sum(-1)  # [heads, tokens]
-        total = total + divergence.mean() * temperature**2
-    return total / max(1, batch)
+    """Values of the rows, [batch, heads, length]; see `fastffn.ops.relation`.
+
+    Half precision is computed in float32, otherwise in the inputs' own.
+    """
+    student = scores(a, b, real, heads, temperature)
+    teacher = scores(teacher_a, teacher_b, real, heads, temperature)
+    if real is None:
+        real = torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
+    keys, queries = real[:, None, None, :], real[:, None, :]
+    if divergence == "score_mse":
+        terms = (student - teacher).square()
+    else:
+        r, p = (_log_softmax(x, keys) for x in (student, teacher))
+        if divergence == "kl":
+            terms = p.exp() * (p - r)
+        elif divergence == "reverse_kl":
+            terms = r.exp() * (r - p)
+        else:
+            terms = (r.exp() - p.exp()).square()
+    rows = torch.where(keys, terms, 0).sum(-1)
+    return torch.where(queries, rows, 0)
 
 
-def _relation(a: Tensor, b: Tensor, num_heads: int, temperature: float) -> Tensor:
-    """Log of the relation of [tokens, width] and [tokens, width]: [heads, tokens, tokens]."""
-    a, b = split_relation_heads(a, num_heads), split_relation_heads(b, num_heads)
-    return (a @ b.mT / a.shape[-1] ** 0.5 / temperature).log_softmax(-1)
+def scores(
+    a: Tensor, b: Tensor | None, real: Tensor | None, heads: int, temperature: float = 1.0
+) -> Tensor:
+    """a b^T / (sqrt(d) temperature) of each head, [batch, heads, length, length]; padding is 0."""
+
+    def split(x):
+        x = x if real is None else torch.where(real.unsqueeze(-1), x, 0)
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    scale = (a.shape[-1] / heads) ** -0.5 / temperature
+    return split(a) @ split(a if b is None else b).mT * scale
+
+
+def _log_softmax(x: Tensor, keys: Tensor) -> Tensor:
+    """Over the real keys. The others get a finite bias, so that a row without any stays finite."""
+    return x.masked_fill(~keys, torch.finfo(x.dtype).min / 4).log_softmax(-1)
