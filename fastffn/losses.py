@@ -1,23 +1,149 @@
 """Distillation losses as modules: thin, over the functions of `fastffn.functional`.
 
+    RelationLoss       token-to-token relations of a layer   MiniLM, MiniLMv2
+    ScoreMSE           attention scores before the softmax   TinyBERT, EfficientBERT
     HiddenMSE          hidden states, with the projection    TinyBERT, EfficientBERT
     SoftCrossEntropy   softened classes                      Hinton et al.
     VectorCosine       sentence vectors
 
 `forward(student, teacher, attention_mask=None, *, lengths=None)`: of each, as far as it has tokens.
-A mask is [batch, length], bool or integers, non-zero at real tokens; `lengths` says the same for
-right padding. What padding holds, NaN included, changes neither losses nor gradients. No gradient
-reaches a teacher, and one that asks for it is refused.
+The first two take mappings such as `fastffn.capture` fills, "q", "k" and "v" -> [batch, length,
+width]. A mask is [batch, length], bool or integers, non-zero at real tokens; `lengths` says the
+same for right padding. What padding holds, NaN included, changes neither losses nor gradients. No
+gradient reaches a teacher, and one that asks for it is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from .errors import UserError
-from .functional import hidden_mse, soft_cross_entropy, vector_cosine
+from .functional import (
+    attention_relations,
+    hidden_mse,
+    score_mse,
+    soft_cross_entropy,
+    vector_cosine,
+)
+from .ops.named_relations import check_relations
 
-__all__ = ["HiddenMSE", "SoftCrossEntropy", "VectorCosine"]
+__all__ = ["HiddenMSE", "RelationLoss", "ScoreMSE", "SoftCrossEntropy", "VectorCosine"]
+
+
+class RelationLoss(nn.Module):
+    """Divergence of a layer's token-to-token relations from the teacher's.
+
+    The default is MiniLMv2 (arXiv 2012.15828); `relations=("qk", "vv")` with `num_heads` the
+    attention heads is MiniLM (arXiv 2002.10957); `divergence="probability_mse"` is AutoDistil's
+    (arXiv 2201.12507). See `fastffn.functional.relation_kl`.
+
+    Args:
+        relations: two letters each, of "q", "k" and "v".
+        weights: one for each relation; None: 1 each.
+        num_heads: relation heads, a divisor of both widths.
+        temperature: divides the scores; the loss is multiplied by its square.
+        divergence: "kl" (of the student from the teacher), "reverse_kl" or "probability_mse".
+
+    Raises:
+        UserError: an unknown relation, or as many weights as there are not relations.
+    """
+
+    def __init__(
+        self,
+        relations: Sequence[str] = ("qq", "kk", "vv"),
+        weights: Sequence[float] | None = None,
+        num_heads: int = 48,
+        temperature: float = 1.0,
+        divergence: str = "kl",
+    ):
+        super().__init__()
+        check_relations(relations, {"q", "k", "v"})
+        if weights is not None and len(weights) != len(relations):
+            raise UserError(f"{len(weights)} weights for {len(relations)} relations: one for each")
+        self.relations = tuple(relations)
+        self.weights = None if weights is None else tuple(weights)
+        self.num_heads = num_heads
+        self.temperature = temperature
+        self.divergence = divergence
+
+    def forward(
+        self,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """A scalar: the weighted sum over the relations of the mean over relation heads, real
+        tokens and examples."""
+        return attention_relations(
+            student,
+            teacher,
+            self.relations,
+            self.weights,
+            self.num_heads,
+            attention_mask,
+            self.temperature,
+            lengths=lengths,
+            divergence=self.divergence,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.relations}, weights={self.weights}, num_heads={self.num_heads}, "
+            f"temperature={self.temperature}, divergence={self.divergence!r}"
+        )
+
+
+class ScoreMSE(nn.Module):
+    """Mean squared difference of attention scores before the softmax, straight from "q" and "k".
+
+    Of TinyBERT (arXiv 1909.10351) and EfficientBERT (arXiv 2109.07222), whose sum over mapped
+    layers is the caller's. See `fastffn.functional.score_mse`.
+
+    Args:
+        num_heads: attention heads, a divisor of both widths.
+        masked: "zero": scores with padding count as equal in the mean over all; "exclude": the mean
+            is over scores between real tokens.
+
+    Raises:
+        UserError: `masked` is neither.
+    """
+
+    def __init__(self, num_heads: int, masked: str = "zero"):
+        super().__init__()
+        if masked not in ("zero", "exclude"):
+            raise UserError(f"masked {masked!r}: it is 'zero' or 'exclude'")
+        self.num_heads = num_heads
+        self.masked = masked
+
+    def forward(
+        self,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """A scalar.
+
+        Raises:
+            UserError: "q" or "k" is missing, or as `score_mse`.
+        """
+        check_relations(("qk",), set(student) & set(teacher))
+        return score_mse(
+            student["q"],
+            student["k"],
+            teacher["q"],
+            teacher["k"],
+            self.num_heads,
+            attention_mask,
+            lengths=lengths,
+            masked=self.masked,
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, masked={self.masked!r}"
 
 
 class HiddenMSE(nn.Module):

@@ -61,3 +61,51 @@ def test_attention_relations_by_name():
     for relation in ("qh", "q", "qqq"):
         with pytest.raises(UserError, match=f"'{relation}' is unknown"):
             functional.attention_relations(STUDENT, TEACHER, (relation,))
+
+
+def test_relation_loss_is_the_sum_of_its_relations():
+    pairs = {a + b: (STUDENT[a], STUDENT[b], TEACHER[a], TEACHER[b]) for a in "qkv" for b in "qkv"}
+    kl = lambda names, **kw: sum(  # noqa: E731
+        functional.relation_kl(*pairs[name], 3, MASK, **kw) for name in names
+    )
+    loss = losses.RelationLoss(num_heads=3)
+    torch.testing.assert_close(loss(STUDENT, TEACHER, MASK), kl(("qq", "kk", "vv")))
+    assert loss(STUDENT, TEACHER, lengths=MASK.sum(-1)) == loss(STUDENT, TEACHER, MASK)
+    minilm = losses.RelationLoss(("qk", "vv"), num_heads=3, temperature=2.0)
+    torch.testing.assert_close(minilm(STUDENT, TEACHER, MASK), kl(("qk", "vv"), temperature=2.0))
+    weighed = losses.RelationLoss(("qq", "vk"), [1.0, 0.5], 3, divergence="reverse_kl")
+    want = kl(["qq"], divergence="reverse_kl") + 0.5 * kl(["vk"], divergence="reverse_kl")
+    torch.testing.assert_close(weighed(STUDENT, TEACHER, MASK), want)
+    assert "'reverse_kl'" in repr(weighed) and not list(loss.parameters())
+
+
+@pytest.mark.parametrize("masked", ["zero", "exclude"])
+def test_score_mse(masked):
+    q, k = (x.clone().requires_grad_() for x in (STUDENT["q"], STUDENT["k"]))
+    loss = losses.ScoreMSE(3, masked)
+    got = loss({"q": q, "k": k}, TEACHER, MASK)
+    real = (MASK[:, None, :, None] * MASK[:, None, None, :]).bool().expand(2, 3, 4, 4)
+
+    def scores(q, k):
+        q, k = functional.split_relation_heads(q, 3), functional.split_relation_heads(k, 3)
+        return q @ k.mT / q.shape[-1] ** 0.5
+
+    ours, theirs = scores(q, k), scores(TEACHER["q"], TEACHER["k"])
+    square = (ours - theirs).square() * real
+    want = square.mean() if masked == "zero" else square.sum() / real.sum()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (q, k)), torch.autograd.grad(want, (q, k)), atol=1e-6, rtol=1e-5
+    )
+    assert loss({"q": q, "k": k}, TEACHER, lengths=MASK.sum(-1)) == got
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="1 weights for 2 relations"):
+        losses.RelationLoss(("qq", "kk"), [1.0])
+    with pytest.raises(UserError, match="'qh' is unknown"):
+        losses.RelationLoss(("qh",))
+    with pytest.raises(UserError, match="'zero' or 'exclude'"):
+        losses.ScoreMSE(3, "mask")
+    with pytest.raises(UserError, match="'qk' is unknown"):
+        losses.ScoreMSE(3)({"q": STUDENT["q"]}, TEACHER)
