@@ -174,7 +174,7 @@ def _slabs(rows: int, row_bytes: int, device: str, projected: bool) -> Iterator[
 
 
 def _gathers(device: str) -> bool:
-    """Whether real rows are gathered: elsewhere their number is not known without waiting."""
+    """Whether rows are taken by index: elsewhere their number is not known without waiting."""
     return device == "cpu"
 
 
@@ -279,14 +279,16 @@ def _difference(student: Tensor, teacher: Tensor, real: Tensor | None, factor: T
     out = student.new_empty(student.shape)
     x, target, into = _rows(student), _rows(teacher), out.view(-1, student.shape[-1])
     dtype, device = compute_dtype(student, teacher), student.device.type
-    padding = None if real is None else ~real.reshape(-1, 1)
+    padding, gathers = None if real is None else ~real.reshape(-1, 1), _gathers(device)
     for part in _slabs(x.shape[0], x.shape[1] * dtype.itemsize, device, False):
         place = into[part] if out.dtype == dtype else None
         difference = _subtract(x[part], target[part], dtype, place).mul_(factor)
-        if padding is not None:
+        if padding is not None and not gathers:
             difference.masked_fill_(padding[part], 0)
         if place is None:
             into[part] = difference
+    if padding is not None and gathers:
+        into.index_fill_(0, padding.squeeze(-1).nonzero().squeeze(-1), 0)
     return out
 
 
