@@ -218,7 +218,7 @@ def plan_forward(
     b, tb = a if b is None else b, ta if tb is None else tb
     student, teacher = _Side([a, b], heads), _Side([ta, tb], heads)
     tokens = _Tokens(real, a)
-    tile = _tile(length, student, teacher, 3)
+    tile = _tile(length, student, teacher, 5 if divergence == "probability_mse" else 3)
     blocks = tiles.ceil_div(length, tile.rows)
     saved = stats is not None and stats_count(divergence) > 0
     arguments = (a, b, ta, tb, tokens.order, tokens.counts, rows, stats if saved else rows)
@@ -285,7 +285,7 @@ def plan_backward(
     launches.append(Launch(relation_factors, (batch * heads,), arguments, constants))
     factor = scale * {"score_mse": 2.0, "reverse_kl": math.log(2.0)}.get(divergence, 1.0)
     powers = _scales(scale, scale_t, divergence)
-    values = 4 if itself and divergence == "probability_mse" else 3
+    values = 6 if itself and divergence == "probability_mse" else 3
     b, tb = a if itself else b, ta if itself else tb
     for x, y, tx, ty, out, by_row in ((a, b, ta, tb, da, True), (b, a, tb, ta, db, False)):
         if out is None:
