@@ -226,5 +226,5 @@ def relation(length: int, row_bytes: int, values: int, tensor_cores: bool) -> Re
     if not tensor_cores:
         rows = min(rows, 32 if row_bytes >= 512 else 64)
         return RelationTile(rows, min(32, rows), min(8, rows // 4), 3 if rows == 64 else 2, 16)
-    keys = min(rows, 32 if values > 5 or values * row_bytes > 768 else 64)
-    return RelationTile(rows, keys, rows // 16, 3 if keys * row_bytes <= 16 * 1024 else 2, 0)
+    keys = min(rows, 32 if values > 5 or values * row_bytes > 512 else 64)
+    return RelationTile(rows, keys, rows // 16, 3 if keys * row_bytes < 16 * 1024 else 2, 0)
