@@ -23,6 +23,13 @@ struct RealTokens {
   int64_t panels;
 };
 
+// Numbers from a panel to the next: an odd number of vectors, so that panels do not push each other
+// out of the cache.
+template <class T>
+int64_t panel_size(int64_t columns) {
+  return (columns | 1) * kWidth<T>;
+}
+
 template <class S>
 const S* token(const Tokens& x, int64_t example, int64_t row, int64_t column) {
   return reinterpret_cast<const S*>(x.data) + example * x.batch + row * x.row + column * x.column;
@@ -46,7 +53,7 @@ void pack_as(const Tokens& x, int64_t example, const RealTokens& real, int64_t f
              int64_t columns, T factor, T* panels) {
   constexpr int W = kWidth<T>;
   const bool vectors = x.column == 1 && columns >= W;  // a window of W columns lies inside the row
-  for (int64_t panel = 0; panel < real.panels; ++panel, panels += width * W) {
+  for (int64_t panel = 0; panel < real.panels; ++panel, panels += panel_size<T>(width)) {
     const int64_t tokens = std::min<int64_t>(W, real.count - panel * W);
     const int32_t* index = real.index + panel * W;
     if (!vectors) {
@@ -87,7 +94,7 @@ template <class T, class S>
 void unpack_as(const T* panels, T factor, const RealTokens& real, int64_t first, int64_t width,
                const Tokens& x, int64_t example) {
   constexpr int W = kWidth<T>;
-  for (int64_t panel = 0; panel < real.panels; ++panel, panels += width * W) {
+  for (int64_t panel = 0; panel < real.panels; ++panel, panels += panel_size<T>(width)) {
     const int64_t tokens = std::min<int64_t>(W, real.count - panel * W);
     for (int64_t k = 0; k < width; k += W) {
       const int64_t kept = std::min<int64_t>(W, width - k);
@@ -188,12 +195,11 @@ inline __attribute__((always_inline)) void add_scores(const T* x, int64_t lane, 
   }
 }
 
+// A panel's sum is made by itself and then added: rounding grows with the number of panels only.
 template <class T, int K>
 inline __attribute__((always_inline)) void add_columns(const Vector<T>* maps, const T* x, T* out) {
   constexpr int W = kWidth<T>;
-  Vector<T> sum[K];
-#pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) sum[k] = load_vector(out + k * W);
+  Vector<T> sum[K] = {};
 #pragma GCC unroll 4
   for (int r = 0; r < W; ++r) {
     const Vector<T> row = maps[r];
@@ -201,7 +207,7 @@ inline __attribute__((always_inline)) void add_columns(const Vector<T>* maps, co
     for (int k = 0; k < K; ++k) sum[k] += row * x[k * W + r];
   }
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) *reinterpret_cast<Vector<T>*>(out + k * W) = sum[k];
+  for (int k = 0; k < K; ++k) *reinterpret_cast<Vector<T>*>(out + k * W) += sum[k];
 }
 
 // Panel out_j += sum_r maps[r][j] x_r, over the tokens r of panel x and j of panel out.

@@ -101,7 +101,7 @@ class Worker {
                    call_.teacher_width, 1, teacher_b_);
     }
     for (T* gradient : {da_, db_})
-      if (gradient) std::fill_n(gradient, real.panels * W * columns.count, T(0));
+      if (gradient) std::fill_n(gradient, real.panels * panel_size<T>(columns.count), T(0));
 
     for (int64_t head = first; head < last; ++head) {
       pack_weights(example, head, real);
@@ -112,8 +112,8 @@ class Worker {
           .panels = real.panels,
           .width = call_.width,
           .teacher_width = call_.teacher_width,
-          .stride = columns.count * W,
-          .teacher_stride = teacher.count * W,
+          .stride = panel_size<T>(columns.count),
+          .teacher_stride = panel_size<T>(teacher.count),
           .a = a_ + at,
           .b = b_ + at,
           .teacher_a = teacher_a_ + teacher_at,
@@ -139,8 +139,8 @@ class Worker {
     int64_t count;
   };
 
-  int64_t student_size() const { return panels_ * W * call_.width * heads_; }
-  int64_t teacher_size() const { return panels_ * W * call_.teacher_width * heads_; }
+  int64_t student_size() const { return panels_ * panel_size<T>(call_.width * heads_); }
+  int64_t teacher_size() const { return panels_ * panel_size<T>(call_.teacher_width * heads_); }
   int64_t size() const {
     using A = Arena<T>;
     return 4 * A::rounded(student_size()) + 2 * A::rounded(teacher_size()) +

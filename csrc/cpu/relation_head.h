@@ -92,24 +92,28 @@ struct Extremes {
   T most;
 };
 
-// Over the tokens' squared lengths.
+// Over the tokens' squared lengths; NaN if one is NaN or infinite.
 template <class T>
 Extremes<T> squared_lengths(const T* panels, int64_t width, int64_t stride, int64_t tokens) {
   constexpr int W = kWidth<T>;
-  Extremes<T> found{};
+  Vector<T> least{}, most{}, total{};
   for (int64_t first = 0; first < tokens; first += W, panels += stride) {
     Vector<T> square{};
     for (int64_t k = 0; k < width; ++k) {
       const Vector<T> x = load_vector(panels + k * W);
       square += x * x;
     }
-    for (int64_t r = 0; r < std::min<int64_t>(W, tokens - first); ++r) {
-      const T one = square[r];
-      if (first + r == 0) found = {one, one};
-      // A NaN stays, and fails every comparison.
-      found.least = one >= found.least ? found.least : one;
-      found.most = one <= found.most ? found.most : one;
-    }
+    for (int64_t r = tokens - first; r < W; ++r) square[r] = square[0];  // no token
+    total += square;
+    if (first == 0) least = most = square;
+    least = square < least ? square : least;
+    most = larger<T>(square, most);
+  }
+  Extremes<T> found{least[0], most[0]};
+  for (int r = 0; r < W; ++r) {
+    const T nothing = total[r] - total[r];
+    found.least = std::min(found.least, least[r]) + nothing;
+    found.most = std::max(found.most, most[r]) + nothing;
   }
   return found;
 }
@@ -137,7 +141,7 @@ struct SymmetricKl {
   }
 
   // Rows `lane` and `lane` + 1 of panel i against V panels from j on; `diagonal`: j is i.
-  template <int V, bool keep, bool diagonal>
+  template <int V, bool diagonal>
   inline __attribute__((always_inline)) void tile(const ShiftedExp2<T>& student,
                                                   const ShiftedExp2<T>& teacher, int64_t i,
                                                   int64_t lane, int64_t j, T* block,
@@ -160,11 +164,9 @@ struct SymmetricKl {
         terms[2][r] = terms[1][r] * (t[r][v] - s[r][v]);
 #pragma GCC unroll 3
         for (int q = 0; q < 3; ++q) rows[q][r] += terms[q][r];
-        if constexpr (keep) {
-          Vector<T>* to = reinterpret_cast<Vector<T>*>(block + v * kBlock<T>) + lane + r;
-          to[0] = terms[0][r];
-          to[W] = terms[1][r];
-        }
+        Vector<T>* to = reinterpret_cast<Vector<T>*>(block + v * kBlock<T>) + lane + r;
+        to[0] = terms[0][r];
+        to[W] = terms[1][r];
       }
       if (!diagonal || v > 0) {  // the block on the other side of the diagonal
 #pragma GCC unroll 3
@@ -173,7 +175,6 @@ struct SymmetricKl {
     }
   }
 
-  template <bool keep>
   void exponentials() const {
     const ShiftedExp2<T> to_student(student_shift), to_teacher(teacher_shift);
     fill_starts<T>(head, kNoScore, starts);
@@ -185,11 +186,10 @@ struct SymmetricKl {
         Vector<T> pair[3][2] = {};
         const auto first = std::min<int64_t>(i + kTileVectors, head.panels);
         in_tiles(i, first, [&](auto V, int64_t j) {
-          tile<V, keep, true>(to_student, to_teacher, i, lane, j, block, pair);
+          tile<V, true>(to_student, to_teacher, i, lane, j, block, pair);
         });
         in_tiles(first, head.panels, [&](auto V, int64_t j) {
-          tile<V, keep, false>(to_student, to_teacher, i, lane, j, block + (j - i) * kBlock<T>,
-                               pair);
+          tile<V, false>(to_student, to_teacher, i, lane, j, block + (j - i) * kBlock<T>, pair);
         });
         for (int q = 0; q < 3; ++q) rows[q][lane] = pair[q][0], rows[q][lane + 1] = pair[q][1];
       }
@@ -244,14 +244,9 @@ bool symmetric_kl(const Head<T>& head) {
   if (!(student.most - student.least < spread && teacher.most - teacher.least < spread))
     return false;
   const SymmetricKl<T> work(head, std::ceil(student.most), std::ceil(teacher.most));
-  if (head.da) {
-    work.template exponentials<true>();
-    work.values();
-    work.gradient();
-  } else {
-    work.template exponentials<false>();
-    work.values();
-  }
+  work.exponentials();
+  work.values();
+  if (head.da) work.gradient();
   return true;
 }
 
@@ -294,25 +289,24 @@ struct AnyRelation {
     }
   }
 
-  // Scores of panel i's rows, and the least whole numbers above them all, row by row.
-  void scores(int64_t i, T (&shifts)[2][W]) const {
-    for (int64_t lane = 0; lane < W; lane += 2) {
-      Vector<T> most[2][2];
-      most[0][0] = most[0][1] = most[1][0] = most[1][1] = all<T>(kNoScore);
-      in_tiles(0, head.panels, [&](auto V, int64_t j) { tile<V>(i, lane, j, most); });
-      if constexpr (kSoftmax)
-        for (int model = 0; model < 2; ++model)
-          for (int r = 0; r < 2; ++r)
-            shifts[model][lane + r] = std::ceil(largest<T>(most[model][r]));
-    }
+  // Scores of two rows of panel i, and the least whole numbers above them.
+  void scores(int64_t i, int64_t lane, T (&shifts)[2][W]) const {
+    Vector<T> most[2][2];
+    most[0][0] = most[0][1] = most[1][0] = most[1][1] = all<T>(kNoScore);
+    in_tiles(0, head.panels, [&](auto V, int64_t j) { tile<V>(i, lane, j, most); });
+    if constexpr (kSoftmax)
+      for (int model = 0; model < 2; ++model)
+        for (int r = 0; r < 2; ++r) shifts[model][lane + r] = std::ceil(largest<T>(most[model][r]));
   }
 
-  // A row's sums over all blocks: term(student, teacher, totals) reads and replaces a pair of
-  // vectors.
-  template <class Term>
-  void sum_rows(Vector<T> (&sums)[3], Term term) const {
+  // Sums of each row over all blocks: term(lane) gives a function of a row's student and teacher
+  // vectors, which it replaces, and the totals. `prepare` makes two rows ready, which then are
+  // still in the nearest cache.
+  template <class Prepare, class Term>
+  void sum_rows(Vector<T> (&sums)[3], Prepare prepare, Term term) const {
     Vector<T> rows[3][W];
     for (int64_t lane = 0; lane < W; ++lane) {
+      if (lane % 2 == 0) prepare(lane);
       auto of_row = term(lane);
       Vector<T> totals[3] = {};
       for (int64_t j = 0; j < head.panels; ++j)
@@ -322,13 +316,15 @@ struct AnyRelation {
     for (int q = 0; q < 3; ++q) sums[q] = sums_of_rows<T>(rows[q]);
   }
 
-  // Replaces the scores of panel i by what the gradient is made of, and returns the values.
-  // factors: see `map`.
-  Vector<T> values(int64_t i, const T (&shifts)[2][W], Vector<T> (&factors)[2]) const {
+  // Fills the blocks of panel i with what the gradient is made of, and returns the values. factors:
+  // see `map`.
+  Vector<T> values(int64_t i, Vector<T> (&factors)[2]) const {
     const Vector<T> weight = load_vector(head.weights + i * W);
     Vector<T> sums[3];
+    T shifts[2][W];
+    const auto prepare = [&](int64_t lane) { scores(i, lane, shifts); };
     if constexpr (divergence == Divergence::kScoreMse) {
-      sum_rows(sums, [](int64_t) {
+      sum_rows(sums, prepare, [](int64_t) {
         return [](Vector<T>& s, Vector<T>& t, Vector<T>(&totals)[3]) {
           s -= t;
           totals[0] += s * s;
@@ -337,7 +333,7 @@ struct AnyRelation {
       factors[0] = weight + weight;
       return sums[0];
     } else {
-      sum_rows(sums, [&shifts](int64_t lane) {
+      sum_rows(sums, prepare, [&shifts](int64_t lane) {
         return
             [student = ShiftedExp2<T>(shifts[0][lane]), teacher = ShiftedExp2<T>(shifts[1][lane])](
                 Vector<T>& s, Vector<T>& t, Vector<T>(&totals)[3]) {
@@ -361,15 +357,17 @@ struct AnyRelation {
         return kl_of<T>(sums[0], sums[1], sums[2], -shift_difference);
       } else {
         const Vector<T> inverse[2] = {all<T>(1) / sums[0], all<T>(1) / sums[1]};
-        sum_rows(sums, [&inverse](int64_t lane) {
-          return [s_inverse = inverse[0][lane], t_inverse = inverse[1][lane]](
-                     Vector<T>& s, Vector<T>& t, Vector<T>(&totals)[3]) {
-            s *= s_inverse;
-            t = s - t * t_inverse;
-            totals[0] += t * t;
-            totals[1] += s * t;
-          };
-        });
+        sum_rows(
+            sums, [](int64_t) {},
+            [&inverse](int64_t lane) {
+              return [s_inverse = inverse[0][lane], t_inverse = inverse[1][lane]](
+                         Vector<T>& s, Vector<T>& t, Vector<T>(&totals)[3]) {
+                s *= s_inverse;
+                t = s - t * t_inverse;
+                totals[0] += t * t;
+                totals[1] += s * t;
+              };
+            });
         factors[0] = weight + weight;
         factors[1] = factors[0] * sums[1];
         return sums[0];
@@ -409,10 +407,8 @@ struct AnyRelation {
 
   void run() const {
     for (int64_t i = 0; i < head.panels; ++i) {
-      T shifts[2][W];
       Vector<T> factors[2] = {};
-      scores(i, shifts);
-      reinterpret_cast<Vector<T>*>(head.values)[i] = values(i, shifts, factors);
+      reinterpret_cast<Vector<T>*>(head.values)[i] = values(i, factors);
       if (head.da || head.db) gradient(i, factors);
     }
   }

@@ -130,6 +130,7 @@ struct ShiftedExp2 {
 
   inline __attribute__((always_inline)) Vector<T> operator()(Vector<T> x) const {
     if constexpr (sizeof(T) == 4) {
+      typedef typename VectorOf<T>::bits Bits;
       x = x < low ? low : x;
       // The constant leaves the nearest integer less the shift in the low bits of the sum, to be
       // added to an exponent.
@@ -140,7 +141,6 @@ struct ShiftedExp2 {
       p = p * f + 0.24022242426872253f;
       p = p * f + 0.6931470036506653f;
       p = p * f + 1.0f;
-      typedef typename VectorOf<T>::bits Bits;
       return reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(p) +
                                          (reinterpret_cast<Bits>(shifted) << 23));
     } else {
