@@ -79,7 +79,7 @@ def exponentials(body) -> int:
 
 
 def check(compiled, target, dtype, spills=0):
-    # Without tensor cores the assembler spills a few registers to fit another block.
+    # Without tensor cores, and where allowed, the assembler spills a few to fit another block.
     assert compiled.spills <= (10 if dtype == torch.float32 else spills)
     assert compiled.shared <= aot.SHARED_LIMIT[target]
     products = sum(compiled.count(name) for name in PRODUCTS)
@@ -175,4 +175,4 @@ def test_grid(built, direction, divergence, widths, dtype, itself, target):
     for compiled in built(
         target, direction, divergence, widths, dtype=dtype, itself=itself, launches=launches
     ):
-        check(compiled, target, dtype, spills=10 if widths == (128, 128) else 0)
+        check(compiled, target, dtype, spills=10 if max(widths) > 64 or widths[0] % 2 else 0)
