@@ -284,9 +284,10 @@ def test_self_relations(benchmark, ragged, batch, length, device, dtype):
 
 
 @pytest.mark.parametrize("batch, length", [(8, 128), (4, 512)])
-def test_memory_returned(benchmark, batch, length):
+@pytest.mark.parametrize("relations", [SELF, GENERAL, ("qk",)], ids="+".join)
+def test_memory_returned(benchmark, relations, batch, length):
     """As a CPU process of default settings has it: the maps are mapped afresh for each use."""
-    run(benchmark, SELF, batch, length, 48, torch.float32, "cpu", keep_memory=False)
+    run(benchmark, relations, batch, length, 48, torch.float32, "cpu", keep_memory=False)
 
 
 @DTYPES
