@@ -173,8 +173,8 @@ inline __attribute__((always_inline)) void in_tiles(int64_t first, int64_t last,
 }
 
 // scores[r][v] += x_r . y_v for R tokens of panel x, from `lane` on, and V panels at y, `stride`
-// apart.
-template <class T, int R, int V>
+// apart; or -=.
+template <class T, int R, int V, bool subtract = false>
 inline __attribute__((always_inline)) void add_scores(const T* x, int64_t lane, const T* y,
                                                       int64_t width, int64_t stride,
                                                       Vector<T> (&scores)[R][V]) {
@@ -186,9 +186,9 @@ inline __attribute__((always_inline)) void add_scores(const T* x, int64_t lane, 
       column[v] = load_vector(y + v * stride + k * W);
       in_register(column[v]);
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const T scalar = x[k * W + lane + r];
+      const T scalar = subtract ? -x[k * W + lane + r] : x[k * W + lane + r];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) scores[r][v] += column[v] * scalar;
     }

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "arena.h"
-#include "relation_head.h"
+#include "relation_scores.h"
+#include "relation_softmax.h"
+#include "relation_symmetric.h"
 
 namespace {
 
@@ -124,7 +126,7 @@ class Worker {
           .db = db_ ? db_ + at : nullptr,
           .scratch = scratch_,
       };
-      if (!symmetric_ || !symmetric_kl<T>(work)) any_relation<T>(work, call_.divergence);
+      if (!symmetric_ || !symmetric_kl<T>(work)) compute(work);
       losses[head - first] = finish(example, head, real);
     }
 
@@ -145,6 +147,19 @@ class Worker {
     using A = Arena<T>;
     return 4 * A::rounded(student_size()) + 2 * A::rounded(teacher_size()) +
            2 * A::rounded(panels_ * W) + A::rounded(scratch_size<T>(panels_, symmetric_));
+  }
+
+  void compute(const Head<T>& head) const {
+    switch (call_.divergence) {
+      case Divergence::kKl:
+        return SoftmaxRelation<T, Divergence::kKl>(head).run();
+      case Divergence::kReverseKl:
+        return SoftmaxRelation<T, Divergence::kReverseKl>(head).run();
+      case Divergence::kProbabilityMse:
+        return SoftmaxRelation<T, Divergence::kProbabilityMse>(head).run();
+      case Divergence::kScoreMse:
+        return ScoreMse<T>{head}.run();
+    }
   }
 
   double split(double factor) const { return self_ ? std::sqrt(factor) : factor; }
