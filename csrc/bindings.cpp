@@ -181,7 +181,8 @@ void make_relation(const RelationArguments& from, Relation& call) {
       .da = tokens(from.da),
       .db = tokens(from.db),
   };
-  require(call.weights || !(call.loss || call.da.data || call.db.data),
+  const bool empty = !from.batch || !from.length;  // of an empty tensor the address may be 0
+  require(call.weights || empty || !(call.loss || call.da.data || call.db.data),
           "relation: a loss or a gradient without weights");
   require(!call.is_self() || !call.db.data, "relation: two gradients of one operand");
 }

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"
-#include "cpu/interpreter.h"
+#include "cpu/dispatch.h"
 #ifdef FASTFFN_CUDA
 #include "cuda/bindings.h"
 #endif

@@ -26,6 +26,7 @@ from .functional import (
     vector_cosine,
 )
 from .ops.named_relations import check_relations
+from .ops.relation_losses import MASKED, RELATION_DIVERGENCES, check_temperature, one_of
 
 __all__ = ["HiddenMSE", "RelationLoss", "ScoreMSE", "SoftCrossEntropy", "VectorCosine"]
 
@@ -45,7 +46,8 @@ class RelationLoss(nn.Module):
         divergence: "kl" (of the student from the teacher), "reverse_kl" or "probability_mse".
 
     Raises:
-        UserError: an unknown relation, or as many weights as there are not relations.
+        UserError: an unknown relation or divergence, none, another number of weights than of
+            relations, or a temperature that is not positive.
     """
 
     def __init__(
@@ -58,6 +60,10 @@ class RelationLoss(nn.Module):
     ):
         super().__init__()
         check_relations(relations, {"q", "k", "v"})
+        check_temperature(temperature)
+        one_of("divergence", divergence, RELATION_DIVERGENCES)
+        if not relations:
+            raise UserError('RelationLoss needs at least one relation, such as "qq"')
         if weights is not None and len(weights) != len(relations):
             raise UserError(f"{len(weights)} weights for {len(relations)} relations: one for each")
         self.relations = tuple(relations)
@@ -96,13 +102,14 @@ class RelationLoss(nn.Module):
 
 
 class ScoreMSE(nn.Module):
-    """Mean squared difference of attention scores before the softmax, straight from "q" and "k".
+    """Mean squared difference of attention scores before the softmax; no map of them is made.
 
     Of TinyBERT (arXiv 1909.10351) and EfficientBERT (arXiv 2109.07222), whose sum over mapped
     layers is the caller's. See `fastffn.functional.score_mse`.
 
     Args:
-        num_heads: attention heads, a divisor of both widths.
+        num_heads: attention heads of "q" and "k", a divisor of both widths. None: as captured
+            "scores" say.
         masked: "zero": scores with padding count as equal in the mean over all; "exclude": the mean
             is over scores between real tokens.
 
@@ -110,40 +117,50 @@ class ScoreMSE(nn.Module):
         UserError: `masked` is neither.
     """
 
-    def __init__(self, num_heads: int, masked: str = "zero"):
+    def __init__(self, num_heads: int | None = None, masked: str = "zero"):
         super().__init__()
-        if masked not in ("zero", "exclude"):
-            raise UserError(f"masked {masked!r}: it is 'zero' or 'exclude'")
+        one_of("masked", masked, MASKED)
         self.num_heads = num_heads
         self.masked = masked
 
     def forward(
         self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor],
+        student: Mapping[str, object],
+        teacher: Mapping[str, object],
         attention_mask: Tensor | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """A scalar.
 
+        Args:
+            student, teacher: with "scores" as `fastffn.capture` yields them, which is what
+                attention sees, or with "q" and "k", [batch, length, width] each.
+
         Raises:
-            UserError: "q" or "k" is missing, or as `score_mse`.
+            UserError: there is neither, numbers of heads differ, or as `score_mse`.
         """
-        check_relations(("qk",), set(student) & set(teacher))
+        q, k, heads = self._scores("student", student)
+        teacher_q, teacher_k, teacher_heads = self._scores("teacher", teacher)
+        if heads != teacher_heads:
+            raise UserError(
+                f"the student has {heads} attention heads and the teacher {teacher_heads}: scores "
+                "are compared head by head; choose a student with as many, or relations instead"
+            )
         return score_mse(
-            student["q"],
-            student["k"],
-            teacher["q"],
-            teacher["k"],
-            self.num_heads,
-            attention_mask,
-            lengths=lengths,
-            masked=self.masked,
+            q, k, teacher_q, teacher_k, heads, attention_mask, lengths=lengths, masked=self.masked
         )
 
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, masked={self.masked!r}"
+    def _scores(self, model: str, states: Mapping[str, object]) -> tuple[Tensor, Tensor, int]:
+        if "scores" in states:
+            q, k, heads = states["scores"]
+            return q, k, self.num_heads or heads
+        if {"q", "k"} <= set(states) and self.num_heads:
+            return states["q"], states["k"], self.num_heads
+        raise UserError(
+            f'the {model}\'s states have no scores: capture what=("scores",), or "q" and "k" '
+            "and give num_heads"
+        )
 
 
 class HiddenMSE(nn.Module):

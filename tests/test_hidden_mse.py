@@ -288,11 +288,13 @@ def test_second_gradients_are_refused():
         torch.autograd.grad(loss, student, create_graph=True)
 
 
-def test_an_inference_mode_teacher():
+@pytest.mark.parametrize("projects", [True, False])
+def test_an_inference_mode_teacher(projects):
     student, _, weight, _ = make()
     with torch.inference_mode():
-        teacher = torch.randn(3, 7, 10, dtype=torch.float64)
-    hidden_mse(student.requires_grad_(), teacher, None, weight).backward()
+        teacher = torch.randn(3, 7, 10 if projects else 6, dtype=torch.float64)
+        mask = torch.ones(3, 7, dtype=torch.bool)
+    hidden_mse(student.requires_grad_(), teacher, mask, weight if projects else None).backward()
     assert student.grad.isfinite().all()
 
 

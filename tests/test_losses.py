@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastffn import UserError, functional, losses
+from fastffn.distill.capture import Scores
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
 
@@ -98,6 +99,8 @@ def test_score_mse(masked):
         torch.autograd.grad(got, (q, k)), torch.autograd.grad(want, (q, k)), atol=1e-6, rtol=1e-5
     )
     assert loss({"q": q, "k": k}, TEACHER, lengths=MASK.sum(-1)) == got
+    captured = [{"scores": Scores(x["q"], x["k"], 3)} for x in ({"q": q, "k": k}, TEACHER)]
+    assert losses.ScoreMSE(masked=masked)(*captured, MASK) == got
 
 
 def test_mistakes_are_named():
@@ -105,7 +108,18 @@ def test_mistakes_are_named():
         losses.RelationLoss(("qq", "kk"), [1.0])
     with pytest.raises(UserError, match="'qh' is unknown"):
         losses.RelationLoss(("qh",))
-    with pytest.raises(UserError, match="'zero' or 'exclude'"):
+    with pytest.raises(UserError, match="masked 'mask' is unknown: choose one of zero, exclude"):
         losses.ScoreMSE(3, "mask")
-    with pytest.raises(UserError, match="'qk' is unknown"):
+    with pytest.raises(UserError, match="student's states have no scores: capture what"):
         losses.ScoreMSE(3)({"q": STUDENT["q"]}, TEACHER)
+    with pytest.raises(UserError, match="teacher's states have no scores"):
+        losses.ScoreMSE(3)(STUDENT, {})
+    scores = Scores(STUDENT["q"], STUDENT["k"], 3), Scores(TEACHER["q"], TEACHER["k"], 6)
+    with pytest.raises(UserError, match="student has 3 attention heads and the teacher 6"):
+        losses.ScoreMSE()(*({"scores": x} for x in scores))
+    with pytest.raises(UserError, match="temperature -1 is not"):
+        losses.RelationLoss(temperature=-1)
+    with pytest.raises(UserError, match="divergence 'js' is unknown"):
+        losses.RelationLoss(divergence="js")
+    with pytest.raises(UserError, match="at least one relation"):
+        losses.RelationLoss(())

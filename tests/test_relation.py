@@ -191,6 +191,41 @@ def test_long_relations_with_themselves(served_by):
         assert_accurate(out, true, rounded, floor=1e-5)  # sums of 1500, in four lanes at worst
 
 
+def test_long_and_short_relations_in_one_batch(served_by):
+    """The long example is computed in strips, the short one with its exponentials kept."""
+    tensors = make(2, 1500, 4, 8, torch.float32)
+    mask = mask_of([1500, 900], 1500)
+    weights = torch.rand(2, 1, 1500) * mask.unsqueeze(1)
+    exact, same = (
+        with_gradients(theirs(1, mask), [x.to(p) for x in tensors], True, weights)
+        for p in (torch.float64, torch.float32)
+    )
+    actual = with_gradients(ours(1, mask), tensors, True, weights)
+    for out, true, rounded in zip(actual, exact, same, strict=True):
+        assert_accurate(out, true, rounded, floor=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_of_very_different_length(served_by, dtype):
+    """Relations with themselves whose rows share a shift, as far as that is right."""
+    for size in (1, 8, 12, 15, 40, 60):
+        tensors = make(1, 61, 4, 4, dtype, seed=size)
+        for x in tensors:
+            x[:, ::3] *= size  # scores of these from some to thousands of nats; the others' small
+        weights = torch.ones(1, 1, 61)
+        exact, same = (
+            with_gradients(theirs(1, None), [x.to(p) for x in tensors], True, weights)
+            for p in (torch.float64, dtype)
+        )
+        actual = with_gradients(ours(1, None), tensors, True, weights)
+        small = torch.arange(61) % 3 > 0
+        for out, true, rounded in zip(actual, exact, same, strict=True):
+            assert out.isfinite().all()
+            assert_accurate(out, true, rounded, size, floor=1e-6 * size**2)
+        # What the large tokens do to the small ones' rows is no rounding of the large ones'.
+        assert_accurate(*(x[0][..., small] for x in (actual, exact, same)), size, floor=1e-4)
+
+
 def test_value_by_hand():
     # One head of width 1, two tokens: the student's maps are uniform, the teacher's are not.
     a = torch.tensor([[[0.0], [0.0]]], dtype=torch.float64)
@@ -257,6 +292,28 @@ def test_what_real_tokens_hold_is_not_hidden(served_by, value):
         q, _, t, _ = tensors
         assert not relation_kl(q, q, t, t, 3, divergence=divergence).isfinite()
     assert not score_mse(*tensors, 3).isfinite()
+
+
+def test_a_nan_of_another_device_is_one():
+    """CUDA's NaN has all bits set, which arithmetic on exponents could take for a number."""
+    bits = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    tensors = make(1, 20, dtype=torch.float32)
+    tensors[0][0, 0, 0] = bits
+    for divergence in ("kl", "reverse_kl", "probability_mse"):
+        assert relation_kl(*tensors, 3, divergence=divergence).isnan()
+
+
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0), (0, 0)])
+def test_nothing_to_compare(served_by, batch, length):
+    for mask in (None, torch.ones(batch, length, dtype=torch.bool)):
+        tensors = make(batch, length)
+        leaves = [x.requires_grad_() for x in tensors[:2]]
+        for reduction in ("mean", "sum"):
+            loss = relation_kl(*tensors, 3, mask, reduction=reduction)
+            loss = loss + score_mse(*tensors, 3, mask, reduction=reduction)
+            assert loss == 0
+            gradients = torch.autograd.grad(loss, leaves)
+            assert all(g.shape == x.shape for g, x in zip(gradients, leaves, strict=True))
 
 
 def test_equal_models_lose_nothing(served_by):
@@ -374,9 +431,10 @@ def test_inference_mode_teacher_and_repeated_backward(device):
     a.requires_grad_()
     with torch.inference_mode():
         t = torch.randn(2, 4, 24, device=device)
+        mask = torch.ones(2, 4, dtype=torch.bool, device=device)
     for reduction in ("mean", "none"):
         a.grad = None
-        loss = relation_kl(a, b, t, t, 3, reduction=reduction).sum()
+        loss = relation_kl(a, b, t, t, 3, mask, reduction=reduction).sum()
         loss.backward(retain_graph=True)
         first = a.grad.clone()
         (2 * loss).backward()
@@ -416,12 +474,15 @@ def test_compiles_into_one_graph(reduction, device):
         )
 
     results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    dynamic = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for function in (loss, compiled, dynamic):
         a = tensors[0].clone().requires_grad_()
         value = function(a, *tensors[1:])
         value.backward()
         results.append([value.detach(), a.grad])
-    torch.testing.assert_close(*results)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -497,6 +558,16 @@ def test_bad_input_is_named():
         relation_kl(a, b, t, u, 3, torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(UserError, match="added to scores"):
         relation_kl(a, b, t, u, 3, torch.ones(2, 4))
+    with pytest.raises(UserError, match="attention_mask is a list"):
+        relation_kl(a, b, t, u, 3, [[1, 1, 1, 1]] * 2)
+    with pytest.raises(UserError, match="from -1 to 5: expected numbers from 0 to 4"):
+        relation_kl(a, b, t, u, 3, lengths=[-1, 5])
+    with pytest.raises(UserError, match="expected 2 integers"):
+        relation_kl(a, b, t, u, 3, lengths=[1.5, 2])
+    with pytest.raises(UserError, match="four tensors"):
+        relation_loss([(a, t)], num_heads=3)
+    with pytest.raises(ValueError, match="both, or neither"):
+        relation(a, None, t, u, None, None, 3)
     with pytest.raises(UserError, match="not both"):
         relation_kl(a, b, t, u, 3, torch.ones(2, 4).bool(), lengths=[1, 2])
     with pytest.raises(UserError, match="requires a gradient"):
@@ -509,7 +580,7 @@ def test_bad_input_is_named():
         relation_kl(a.long(), b, t, u, 3)
     with pytest.raises(UserError, match="on meta"):
         relation_kl(a, b, t.to("meta"), u, 3)
-    for temperature in (0.0, -1.0, math.inf, math.nan):
+    for temperature in (0.0, -1.0, math.inf, math.nan, "1"):
         with pytest.raises(UserError, match="temperature"):
             relation_kl(a, b, t, u, 3, temperature=temperature)
     with pytest.raises(UserError, match="reduction 'avg' is unknown: choose one of mean, sum"):

@@ -1,11 +1,11 @@
 // Which instruction set serves: the best that the processor has, unless FASTFFN_ISA names another.
 
+#include "dispatch.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-
-#include "interpreter.h"
 
 namespace fastffn {
 namespace {

@@ -9,13 +9,12 @@
 // Why not generated code: a search meets a new program every few seconds, and a compiler takes
 // seconds for each.
 
-#include "interpreter.h"
-
 #include <omp.h>
 
 #include <cstring>
 
 #include "block.h"
+#include "dispatch.h"
 
 namespace {
 

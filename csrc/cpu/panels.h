@@ -35,6 +35,13 @@ const S* token(const Tokens& x, int64_t example, int64_t row, int64_t column) {
   return reinterpret_cast<const S*>(x.data) + example * x.batch + row * x.row + column * x.column;
 }
 
+// x * factor, any NaN as the usual one: ShiftedExp2 would take another's lowest bits for a number.
+template <class T>
+inline __attribute__((always_inline)) Vector<T> scaled(Vector<T> x, T factor) {
+  const Vector<T> product = x * factor;
+  return product == product ? product : all<T>(__builtin_nan(""));
+}
+
 template <class T, class S>
 inline __attribute__((always_inline)) Vector<T> widened(const S* from) {
   if constexpr (std::is_same_v<S, T>) {
@@ -57,12 +64,12 @@ void pack_as(const Tokens& x, int64_t example, const RealTokens& real, int64_t f
     const int64_t tokens = std::min<int64_t>(W, real.count - panel * W);
     const int32_t* index = real.index + panel * W;
     if (!vectors) {
-      for (int64_t k = 0; k < width; ++k)
-        for (int64_t r = 0; r < W; ++r)
-          panels[k * W + r] =
-              r < tokens
-                  ? static_cast<T>(widen(*token<S>(x, example, index[r], first + k))) * factor
-                  : T(0);
+      for (int64_t k = 0; k < width; ++k) {
+        T values[W] = {};
+        for (int64_t r = 0; r < tokens; ++r)
+          values[r] = static_cast<T>(widen(*token<S>(x, example, index[r], first + k)));
+        *reinterpret_cast<Vector<T>*>(panels + k * W) = scaled<T>(load_vector(values), factor);
+      }
       continue;
     }
     for (int64_t k = 0; k < width; k += W) {
@@ -81,9 +88,9 @@ void pack_as(const Tokens& x, int64_t example, const RealTokens& real, int64_t f
       Vector<T>* to = reinterpret_cast<Vector<T>*>(panels + k * W);
       if (kept == W && skip == 0) {
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) to[j] = block[j] * factor;
+        for (int j = 0; j < W; ++j) to[j] = scaled<T>(block[j], factor);
       } else {
-        for (int64_t j = 0; j < kept; ++j) to[j] = block[skip + j] * factor;
+        for (int64_t j = 0; j < kept; ++j) to[j] = scaled<T>(block[skip + j], factor);
       }
     }
   }

@@ -229,7 +229,7 @@ class Worker {
   const bool self_;
   const bool symmetric_;
   const int64_t panels_;
-  const Memory<T> memory_;
+  Memory<T> memory_;
   T *a_, *b_, *teacher_a_, *teacher_b_, *da_, *db_, *weights_, *values_, *scratch_;
 };
 
@@ -240,17 +240,18 @@ void run(const Relation& call) {
     const RealRows real(call);
     std::vector<double> losses(call.batch * call.heads);
     const int64_t work = call.batch * call.heads * call.length * call.length;
-    const int64_t heads = heads_per_task(call, omp_get_max_threads());
+    const int64_t threads = work >= kSerialElements ? omp_get_max_threads() : 1;
+    const int64_t heads = heads_per_task(call, threads);
     const int64_t groups = (call.heads + heads - 1) / heads;
-#pragma omp parallel if (work >= kSerialElements)
-    {
-      Worker<T> worker(call, real, heads);
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < call.batch * groups; ++task) {
-        const int64_t example = task / groups, first = task % groups * heads;
-        worker.run(example, first, std::min(call.heads, first + heads),
-                   &losses[example * call.heads + first]);
-      }
+    // Memory that is not to be had must be noticed here: nothing may be thrown inside.
+    std::vector<Worker<T>> workers;
+    workers.reserve(threads);
+    for (int64_t k = 0; k < threads; ++k) workers.emplace_back(call, real, heads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < call.batch * groups; ++task) {
+      const int64_t example = task / groups, first = task % groups * heads;
+      workers[omp_get_thread_num()].run(example, first, std::min(call.heads, first + heads),
+                                        &losses[example * call.heads + first]);
     }
     for (const double one : losses) loss += one;
   }

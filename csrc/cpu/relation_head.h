@@ -49,11 +49,12 @@ bool fits_symmetric(int64_t panels) {
   return symmetric_blocks<T>(panels) * kBlock<T> * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
 }
 
-// Numbers: blocks, then for each panel four vectors of sums and one of starts.
+// Numbers, for heads of up to so many panels: blocks, then five vectors for each panel.
 template <class T>
 int64_t scratch_size(int64_t panels, bool symmetric) {
-  const int64_t blocks =
-      symmetric && fits_symmetric<T>(panels) ? symmetric_blocks<T>(panels) : panels;
+  int64_t kept = symmetric ? panels : 0;
+  while (!fits_symmetric<T>(kept)) --kept;
+  const int64_t blocks = std::max(panels, symmetric_blocks<T>(kept));
   return blocks * kBlock<T> + 5 * panels * kWidth<T>;
 }
 

@@ -9,6 +9,7 @@ namespace {
 template <class T, Divergence divergence>
 struct SoftmaxRelation {
   static constexpr int W = kWidth<T>;
+  static constexpr int64_t kChunk = 32;  // panels
   const Head<T>& head;
   Vector<T>* const starts;
 
@@ -63,8 +64,12 @@ struct SoftmaxRelation {
       if (lane % 2 == 0) prepare(lane);
       auto of_row = term(lane);
       Vector<T> totals[3] = {};
-      for (int64_t j = 0; j < head.panels; ++j)
-        of_row(student(j)[lane], student(j)[W + lane], totals);
+      for (int64_t first = 0; first < head.panels; first += kChunk) {  // rounding: sums of sums
+        Vector<T> part[3] = {};
+        for (int64_t j = first; j < std::min(first + kChunk, head.panels); ++j)
+          of_row(student(j)[lane], student(j)[W + lane], part);
+        for (int q = 0; q < 3; ++q) totals[q] += part[q];
+      }
       for (int q = 0; q < 3; ++q) rows[q][lane] = totals[q];
     }
     for (int q = 0; q < 3; ++q) sums[q] = sums_of_rows<T>(rows[q]);
@@ -109,10 +114,11 @@ struct SoftmaxRelation {
               t = s - t * t_inverse;
               totals[0] += t * t;
               totals[1] += s * t;
+              totals[2] += s;  // 1, but for rounding
             };
           });
       factors[0] = weight + weight;
-      factors[1] = factors[0] * sums[1];
+      factors[1] = factors[0] * sums[1] / sums[2];
       return sums[0];
     }
   }

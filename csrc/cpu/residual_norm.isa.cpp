@@ -11,7 +11,7 @@
 #include <cstring>
 #include <vector>
 
-#include "interpreter.h"
+#include "dispatch.h"
 #include "rows.h"
 
 namespace {

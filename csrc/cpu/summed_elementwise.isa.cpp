@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "interpreter.h"
+#include "dispatch.h"
 #include "rows.h"
 
 namespace {

@@ -121,8 +121,8 @@ inline T largest(Vector<T> x) {
 }
 
 // 2^(x - shift) for x up to about shift, with an integral shift: it goes into the exponent, so that
-// no digit of x is lost. Results below 2^-125 become that. NaN and an infinite shift give NaN.
-// Relative error within 2e-7.
+// no digit of x is lost. Results below 2^-125 (2^-1000 of doubles) become that. The usual
+// NaN and an infinite shift give NaN. Relative error within 2e-7.
 template <class T>
 struct ShiftedExp2 {
   explicit ShiftedExp2(T shift)
@@ -145,7 +145,10 @@ struct ShiftedExp2 {
                                          (reinterpret_cast<Bits>(shifted) << 23));
     } else {
       Vector<T> y;
-      for (int i = 0; i < kWidth<T>; ++i) y[i] = std::exp2(x[i] - shift[i]);
+      for (int i = 0; i < kWidth<T>; ++i) {
+        const T power = x[i] - shift[i];
+        y[i] = std::exp2(power < -1000 ? T(-1000) : power);
+      }
       return y;
     }
   }

@@ -34,7 +34,7 @@ from . import execute
 from . import hidden_mse_reference as oracle
 from .elementwise import is_plain, is_transformed
 from .execute import HALVES, compute_dtype
-from .loss_inputs import check_teacher, real_tokens
+from .loss_inputs import check_teacher, real_tokens, save, saved
 from .matmul import linear, weight_gradient
 
 # Bytes of a slab of differences, and the fewest rows. With a projection each slab costs an addition
@@ -334,7 +334,7 @@ class _HiddenMSE(torch.autograd.Function):
                 loss, factor, gradients = _forward_op(*operands, wanted)
         ctx.dtypes = [None if x is None else x.dtype for x in (student, weight, bias)]
         kept = gradients if ctx.projected else (student, teacher, real)
-        ctx.save_for_backward(factor, *kept)
+        save(ctx, factor, *kept)
         return loss
 
     @staticmethod
@@ -344,7 +344,7 @@ class _HiddenMSE(torch.autograd.Function):
                 "fastffn: gradients of gradients (create_graph=True) are not available here; "
                 "use fastffn.ops.hidden_mse_reference.hidden_mse"
             )
-        factor, *kept = ctx.saved_tensors
+        factor, *kept = saved(ctx)
         factor = factor * grad
         if not ctx.projected:
             plain = is_plain([x for x in (factor, *kept) if x is not None])

@@ -31,6 +31,7 @@ from . import backend, relation_chunked
 from . import relation_reference as oracle
 from .elementwise import is_plain, is_transformed
 from .execute import DTYPES, HALVES, compute_dtype, in_memory
+from .loss_inputs import save, saved
 
 DIVERGENCES = ("kl", "reverse_kl", "probability_mse", "score_mse")  # csrc/relation.h
 _ABSENT = (0, 0, 0, 0, 0)
@@ -63,8 +64,9 @@ def relation(
     """Values of the rows, or their weighted sum; the caller has checked the arguments.
 
     Args:
-        a, b: [batch, length, heads * d], any floating-point type and strides. b None: a.
-        teacher_a, teacher_b: [batch, length, heads * d_t]; no gradient flows into them.
+        a, b: [batch, length, heads * d], any floating-point type and strides.
+        teacher_a, teacher_b: [batch, length, heads * d_t]; no gradient flows into them. b and
+            teacher_b are None for a relation of each with itself.
         real: bool [batch, length], or None: all tokens are real. What padding holds, NaN included,
             changes nothing.
         weights: of the rows, [batch, heads, length] in the result's type, any strides, 0 at
@@ -73,7 +75,12 @@ def relation(
     Returns:
         [batch, heads, length], 0 at padding, or a scalar: float64 if an operand is, else float32.
         Differentiable once. Equal inputs give equal bits, on any number of threads.
+
+    Raises:
+        ValueError: one of b and teacher_b is None.
     """
+    if (b is None) != (teacher_b is None):
+        raise ValueError("relation: b and teacher_b are given both, or neither")
     operands = (a, b, teacher_a, teacher_b, real)
     settings = (heads, temperature, divergence)
     if is_transformed():
@@ -238,9 +245,7 @@ class _Relation(torch.autograd.Function):
         ctx.has_gradients = weights is not None and _engine(*operands) != "triton"
         ctx.dtypes = [None if x is None else x.dtype for x in operands[:2]]
         again = () if ctx.has_gradients else (*operands, weights)
-        # A teacher that ran under inference_mode cannot be saved, only held.
-        ctx.held = {k: x for k, x in enumerate(again) if x is not None and x.is_inference()}
-        ctx.save_for_backward(*kept, *(None if k in ctx.held else x for k, x in enumerate(again)))
+        save(ctx, *kept, *again)
         return result
 
     @staticmethod
@@ -250,15 +255,15 @@ class _Relation(torch.autograd.Function):
                 "fastffn: relations can be differentiated once (no create_graph=True); "
                 "use fastffn.ops.relation_reference.relation for more"
             )
-        saved = ctx.saved_tensors
-        kept, operands = list(saved[: ctx.count]), saved[ctx.count :]
+        tensors = saved(ctx)
+        kept, operands = tensors[: ctx.count], tensors[ctx.count :]
         if ctx.has_gradients:
             gradients = [
                 None if x is None else (x * grad).to(dtype)
                 for x, dtype in zip(kept, ctx.dtypes, strict=True)
             ]
         else:
-            *operands, weights = (ctx.held.get(k, x) for k, x in enumerate(operands))
+            *operands, weights = operands
             weights = grad if weights is None else weights * grad
             plain = is_plain([x for x in (weights, *kept, *operands) if x is not None])
             function = _backward if plain else _backward_op

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .relation_reference import scores
 
-# Entries of the length x length maps computed at a time; four maps of fp32 are then 16 MiB.
+# Entries of the length x length maps computed at a time, at least one map; four of fp32 are then
+# 16 MiB up to length 1024.
 _CHUNK = 1 << 20
 
 

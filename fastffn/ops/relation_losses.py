@@ -15,7 +15,8 @@ In all functions:
 - Masked keys take no part, masked queries weigh nothing: what padding holds, NaN and infinity
   included, changes nothing and gets no gradient. An example without tokens adds 0.
 - No gradient flows into a teacher, and one that asks for it is refused.
-- Memory is linear in the length, and equal inputs give equal bits on any number of threads.
+- Memory is linear in the length where csrc or Triton serves (`fastffn doctor`), and equal inputs
+  give equal bits on any number of threads.
 - Sums are made in float32, of float64 in float64, whatever autocast says. Differentiable once.
 """
 
@@ -31,8 +32,8 @@ from .loss_inputs import check_teacher, real_tokens
 from .relation import relation
 
 REDUCTIONS = ("mean", "sum", "none")
-_DIVERGENCES = ("kl", "reverse_kl", "probability_mse")
-_MASKED = ("zero", "exclude")
+RELATION_DIVERGENCES = ("kl", "reverse_kl", "probability_mse")
+MASKED = ("zero", "exclude")
 
 
 def split_relation_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -63,8 +64,8 @@ def relation_kl(
 ) -> Tensor:
     """Divergence between the student's relation of (a, b) and the teacher's.
 
-    A relation of a tensor with itself (`student_a is student_b` and `teacher_a is teacher_b`) is
-    symmetric and costs half.
+    A relation of a tensor with itself is symmetric and costs half. It is known by identity, so give
+    the same object twice: `student_a is student_b` and `teacher_a is teacher_b`.
 
     Args:
         student_a, student_b: [batch, length, student width], float32, float64, bfloat16 or float16.
@@ -89,9 +90,8 @@ def relation_kl(
             a teacher that requires a gradient, a temperature that is not positive, an unknown
             reduction or divergence.
     """
-    _one_of("divergence", divergence, _DIVERGENCES)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise UserError(f"temperature {temperature} is not a positive number")
+    one_of("divergence", divergence, RELATION_DIVERGENCES)
+    check_temperature(temperature)
     tensors = (student_a, student_b, teacher_a, teacher_b)
     real = _checked(tensors, num_heads, attention_mask, lengths, reduction)
     size = num_heads, temperature, divergence
@@ -123,13 +123,18 @@ def relation_loss(
         num_heads, attention_mask, temperature, lengths, reduction, divergence: as `relation_kl`.
 
     Raises:
-        UserError: no pairs, as many weights as there are not pairs, or as `relation_kl`.
+        UserError: no pairs, or not four tensors in one; another number of weights than of pairs; or
+            as `relation_kl`.
     """
     if not pairs:
         raise UserError("relation_loss needs at least one pair of tensors to relate")
     weights = [1.0] * len(pairs) if weights is None else list(weights)
     if len(weights) != len(pairs):
         raise UserError(f"{len(weights)} weights for {len(pairs)} relations: give one for each")
+    if any(len(pair) != 4 for pair in pairs):
+        raise UserError(
+            "relation_loss: a pair is (student_a, student_b, teacher_a, teacher_b), four tensors"
+        )
     total = None
     for weight, pair in zip(weights, pairs, strict=True):
         term = relation_kl(
@@ -180,7 +185,7 @@ def score_mse(
     Raises:
         UserError: as `relation_kl`.
     """
-    _one_of("masked", masked, _MASKED)
+    one_of("masked", masked, MASKED)
     tensors = (student_q, student_k, teacher_q, teacher_k)
     real = _checked(tensors, num_heads, attention_mask, lengths, reduction)
     if reduction == "none":
@@ -219,7 +224,7 @@ def _weights(like: Tensor, dtype, real: Tensor | None, mean: bool, heads: int) -
 
 def _checked(tensors, heads: int, attention_mask, lengths, reduction: str) -> Tensor | None:
     """Which tokens are real, once everything fits."""
-    _one_of("reduction", reduction, REDUCTIONS)
+    one_of("reduction", reduction, REDUCTIONS)
     student_a, student_b, teacher_a, teacher_b = tensors
     for name, x in zip(("student_a", "student_b", "teacher_a", "teacher_b"), tensors, strict=True):
         if x.dim() != 3 or x.dtype not in DTYPES:
@@ -233,7 +238,9 @@ def _checked(tensors, heads: int, attention_mask, lengths, reduction: str) -> Te
                 "batch and length must agree"
             )
         if x.device != student_a.device:
-            raise UserError(f"{name} is on {x.device} and student_a on {student_a.device}")
+            raise UserError(
+                f"{name} is on {x.device} and student_a on {student_a.device}; move one"
+            )
     for model, a, b in (("student", student_a, student_b), ("teacher", teacher_a, teacher_b)):
         if a.shape != b.shape:
             raise UserError(
@@ -247,7 +254,18 @@ def _checked(tensors, heads: int, attention_mask, lengths, reduction: str) -> Te
     return real_tokens(student_a.shape[:2], student_a.device, attention_mask, lengths)
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+def check_temperature(temperature: float) -> None:
+    """
+    Raises:
+        UserError: it is not a positive number.
+    """
+    if not isinstance(temperature, (int, float, torch.SymFloat, torch.SymInt)) or not (
+        0 < temperature < math.inf
+    ):
+        raise UserError(f"temperature {temperature!r} is not a positive number")
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
 

@@ -16,7 +16,8 @@ def vector_cosine(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: the same shape; no gradient flows into it.
 
     Returns:
-        A scalar from 0 to 2, float64 if one of them is, else float32, which halves are computed in.
+        A scalar from 0 to 2, 0 without vectors; float64 if one of them is, else float32, which
+        halves are computed in.
 
     Raises:
         UserError: unequal shapes or devices, or a teacher that requires a gradient.
@@ -30,4 +31,5 @@ def vector_cosine(student: Tensor, teacher: Tensor) -> Tensor:
         raise UserError(f"the teacher is on {teacher.device}, the student on {student.device}")
     check_teacher(teacher)
     dtype = compute_dtype(student, teacher)
-    return (1 - torch.cosine_similarity(student.to(dtype), teacher.to(dtype), dim=-1)).mean()
+    distances = 1 - torch.cosine_similarity(student.to(dtype), teacher.to(dtype), dim=-1)
+    return distances.sum() / max(1, distances.numel())
