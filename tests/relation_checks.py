@@ -2,12 +2,17 @@
 the interpreter's process and on a GPU. Every function raises AssertionError where a check fails.
 """
 
+from unittest import mock
+
 import torch
 from oracle import assert_accurate
 from residual_norm_checks import Guarded
 from torch import Tensor
 
+from fastffn import kernels
+from fastffn.functional import relation_kl, score_mse
 from fastffn.kernels import relation
+from fastffn.ops import backend
 
 DIVERGENCES = ("kl", "reverse_kl", "probability_mse", "score_mse")
 
@@ -246,3 +251,35 @@ def far_tokens(device: str, path: str, divergence: str):
         results.append((rows, dx.clone()))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def losses(device: str):
+    """The op over these kernels: what it keeps, and hands on, for every kind of loss."""
+    generator = torch.Generator().manual_seed(0)
+    widths = (24, 24, 48, 48)
+    tensors = [torch.randn(2, 19, width, generator=generator).to(device) for width in widths]
+    mask = (torch.rand(2, 19, generator=generator) < 0.7).to(device)
+
+    def results():
+        found = []
+        for reduction in ("mean", "none"):
+            q, k, *teacher = (x.clone() for x in tensors)
+            leaves = [q.requires_grad_(), k.requires_grad_()]
+            pair = relation_kl(q, k, *teacher, 3, mask, 1.5, reduction=reduction).sum()
+            itself = relation_kl(k, k, *teacher[:1] * 2, 3, mask, reduction=reduction).sum()
+            scores = score_mse(q, k, *teacher, 3, mask, reduction=reduction).sum()
+            for loss in (pair, itself, scores):
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+                found += [loss.detach(), *(g for g in gradients if g is not None)]
+        with torch.no_grad():
+            return [*found, relation_kl(*tensors, 3, mask)]
+
+    with mock.patch.object(backend, "relation_engine", lambda tensors: "reference"):
+        expected = results()
+    with (
+        mock.patch.object(backend, "relation_engine", lambda tensors: "triton"),
+        mock.patch.object(backend, "triton", lambda: (kernels, "test")),
+    ):
+        actual = results()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -168,3 +168,7 @@ def test_wrong_operands_are_refused():
         backward("kl", stats, rows, a, a)
     with pytest.raises(ValueError, match="needs the stats"):
         backward("kl", None, rows, a, None)
+
+
+def test_losses(check):
+    check(checks.losses)
