@@ -1,7 +1,8 @@
 """What every test relies on: marked tests are skipped, with the reason, where they cannot run.
 
 FASTFFN_TEST_MODULE names a folder whose `_C` is tested instead of the installed one: see `make
-sanitize`.
+sanitize`. Random tests draw the same examples each time; `pytest --hypothesis-profile=explore`
+draws others.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch  # before _C: both then share torch's OpenMP runtime
 
@@ -20,6 +22,10 @@ if folder := os.environ.get("FASTFFN_TEST_MODULE"):
     spec.loader.exec_module(sys.modules["fastffn._C"])
 
 from fastffn.ops import backend
+
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.register_profile("explore")
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items):
