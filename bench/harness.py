@@ -12,11 +12,13 @@ its FLOPs over the rate of a large matrix product, both measured in the same pro
 import ctypes
 import functools
 import math
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -42,21 +44,43 @@ class Timing:
         return statistics.median(self.rounds)
 
 
-def keep_freed_memory(keep: bool = True) -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to hand freed memory out again instead of returning it to the system.
 
     Otherwise a contender pays for page faults (2 microseconds per 4 KiB on a virtual machine, more
     than the work itself) according to what the one before it freed. All contenders share the
     setting; it is what a long-running process has with any caching allocator.
-
-    keep: False sets what a process of default settings comes to: blocks of 32 MiB and more are
-        mapped for each use and returned after it.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
-        libc.mallopt(m_mmap_max, 0 if keep else 65536)
-        libc.mallopt(m_trim_threshold, 2**31 - 1 if keep else 64 << 20)
-        libc.mallopt(m_mmap_threshold, 32 << 20)
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+class _Recorder:
+    """Takes what `interleave` notes, where pytest-benchmark's fixture is not."""
+
+    def __init__(self):
+        self.group = ""
+        self.extra_info = {}
+
+    def pedantic(self, work: Work, rounds: int) -> None:
+        pass
+
+
+def _record(run: Callable, arguments: tuple) -> tuple[str, dict]:
+    recorder = _Recorder()
+    run(recorder, *arguments)
+    return recorder.group, recorder.extra_info
+
+
+def in_fresh_process(benchmark, run: Callable, *arguments) -> None:
+    """run(benchmark, *arguments), in a process that no other case has left its memory to."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        benchmark.group, info = pool.submit(_record, run, arguments).result()
+    benchmark.extra_info.update(info)
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def timed(work: Work, repeat: int = 1) -> float:
@@ -210,9 +234,10 @@ def interleave(
             name: the share of each is noted, and the largest is the floor.
         first: seconds of first calls that were made before, as `check_outputs` returns them.
         least: rounds, if they take longer than `seconds`.
-        keep_memory: see `keep_freed_memory`.
+        keep_memory: see `keep_freed_memory`; False: as the process has it.
     """
-    keep_freed_memory(keep_memory)
+    if keep_memory:
+        keep_freed_memory()
     seen = first or {}
     times = {
         name: Timing(seen[name] if name in seen else first_call(work), [])

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from fastffn.functional import relation_loss, split_relation_heads
 
-from .harness import check_outputs, compiled, floor_seconds, interleave, losses_of
+from .harness import check_outputs, compiled, floor_seconds, in_fresh_process, interleave, losses_of
 from .memory import available_bytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -245,7 +245,7 @@ def run(benchmark, relations, batch, length, heads, dtype, device, ragged=False,
     what = "ragged" if ragged else "dense"
     size = f"({batch}, {length}), {heads} heads"
     benchmark.group = f"relation {'+'.join(relations)}, {size}, {what}, {dtype}, {device}"
-    benchmark.group += "" if keep_memory or device == "cuda" else ", memory returned"
+    benchmark.group += "" if keep_memory or device == "cuda" else ", default allocator"
     interleave(benchmark, works, "fastffn", seconds, floor, first, least, keep_memory)
     benchmark.extra_info["left_out"] = left_out
 
@@ -285,9 +285,10 @@ def test_self_relations(benchmark, ragged, batch, length, device, dtype):
 
 @pytest.mark.parametrize("batch, length", [(8, 128), (4, 512)])
 @pytest.mark.parametrize("relations", [SELF, GENERAL, ("qk",)], ids="+".join)
-def test_memory_returned(benchmark, relations, batch, length):
+def test_default_allocator(benchmark, relations, batch, length):
     """As a CPU process of default settings has it: the maps are mapped afresh for each use."""
-    run(benchmark, relations, batch, length, 48, torch.float32, "cpu", keep_memory=False)
+    case = (relations, batch, length, 48, torch.float32, "cpu", False, None, 3.0, 5, False)
+    in_fresh_process(benchmark, run, *case)
 
 
 @DTYPES
@@ -303,4 +304,5 @@ def test_lengths(benchmark, length, device):
     """What memory and time do as sequences grow; the first and the last head are compared."""
     batch, heads, dtype = (4, 64, torch.bfloat16) if device == "cuda" else (1, 48, torch.float32)
     heads_compared = [0, heads - 1]
-    run(benchmark, SELF, batch, length, heads, dtype, device, False, heads_compared, 2.0, 3, False)
+    case = (SELF, batch, length, heads, dtype, device, False, heads_compared, 2.0, 3, False)
+    in_fresh_process(benchmark, run, *case)
