@@ -73,16 +73,25 @@ inline __attribute__((always_inline)) Vector<T> larger(Vector<T> a, Vector<T> b)
   return a > b ? a : b;
 }
 
+// The numbered lanes, those of b counted on from a's.
+template <int... lane, class V>
+inline __attribute__((always_inline)) V pick(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  typedef decltype(a < b) Mask;
+  return __builtin_shuffle(a, b, Mask{lane...});
+#endif
+}
+
 // One stage of the transposition of a matrix whose rows are vectors: exchanges the off-diagonal
 // elements of the 2 x 2 blocks that rows `stage` apart form.
-template <int stage, class V, size_t... lane>
+template <int stage, class V, int... lane>
 inline __attribute__((always_inline)) void exchange(V& upper, V& lower,
-                                                    std::index_sequence<lane...>) {
+                                                    std::integer_sequence<int, lane...>) {
   constexpr int kLanesHere = sizeof...(lane);
-  const V first = __builtin_shufflevector(
-      upper, lower, (lane & stage ? static_cast<int>(lane) - stage + kLanesHere : lane)...);
-  const V second = __builtin_shufflevector(
-      upper, lower, (lane & stage ? static_cast<int>(lane) + kLanesHere : lane + stage)...);
+  const V first = pick<(lane & stage ? lane - stage + kLanesHere : lane)...>(upper, lower);
+  const V second = pick<(lane & stage ? lane + kLanesHere : lane + stage)...>(upper, lower);
   upper = first;
   lower = second;
 }
@@ -93,7 +102,7 @@ inline __attribute__((always_inline)) void transpose(Vector<T> (&rows)[kWidth<T>
 #pragma GCC unroll 16
     for (int r = 0; r < kWidth<T>; ++r)
       if (!(r & stage))
-        exchange<stage>(rows[r], rows[r + stage], std::make_index_sequence<kWidth<T>>{});
+        exchange<stage>(rows[r], rows[r + stage], std::make_integer_sequence<int, kWidth<T>>{});
     transpose<T, 2 * stage>(rows);
   }
 }
@@ -104,7 +113,7 @@ inline __attribute__((always_inline)) Vector<T> sums_of_rows(Vector<T> (&rows)[k
   if constexpr (stage < kWidth<T>) {
 #pragma GCC unroll 16
     for (int r = 0; r < kWidth<T>; r += 2 * stage) {
-      exchange<stage>(rows[r], rows[r + stage], std::make_index_sequence<kWidth<T>>{});
+      exchange<stage>(rows[r], rows[r + stage], std::make_integer_sequence<int, kWidth<T>>{});
       rows[r] += rows[r + stage];
     }
     return sums_of_rows<T, 2 * stage>(rows);
