@@ -43,13 +43,7 @@ def check(x, residual, weight, bias, dropout=0.0, grad=None, eps=1e-5):
 
     mine, theirs = gradients(out, given_, grad), gradients(want, same, grad)
     truth = gradients(true, exact, grad.double())
-    floor = 0.0
-    if grad.numel():  # equal gradients cancel in x; rows of nearly equal values magnify rounding
-        kept = reference.dropout_mask(9, x.numel() // x.shape[-1], x.shape[-1], dropout)
-        kept = kept.to(x.device).reshape(x.shape) * (1 / (1 - dropout))
-        s = residual.double() + x.double() * kept
-        rstd = (s.var(-1, correction=0, keepdim=True) + eps).rsqrt()
-        floor = 1e-6 * (grad.abs().max() * (rstd * (1 + s.abs() * rstd)).max()).item()
+    floor = 1e-6 * grad.abs().max().item() if grad.numel() else 0.0  # equal ones cancel in x
     for got, other, exactly in zip(mine, theirs, truth, strict=True):
         assert got.dtype == other.dtype
         compare(got, exactly, other, "gradient", floor)
