@@ -77,6 +77,22 @@ Vector<T> kl_of(Vector<T> sum, Vector<T> other_sum, Vector<T> difference, Vector
   return (difference / sum + whole + (other.rest - log.rest)) * static_cast<T>(kLn2);
 }
 
+// Scores of R rows of panel i from `lane` on against V panels from j on, of both models.
+template <class T, int R, int V>
+inline __attribute__((always_inline)) void make_scores(const Head<T>& head, const Vector<T>* starts,
+                                                       int64_t i, int64_t lane, int64_t j,
+                                                       Vector<T> (&s)[R][V], Vector<T> (&t)[R][V]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) s[r][v] = t[r][v] = starts[j + v];
+  add_scores<T, R, V>(head.a + i * head.stride, lane, head.b + j * head.stride, head.width,
+                      head.stride, s);
+  add_scores<T, R, V>(head.teacher_a + i * head.teacher_stride, lane,
+                      head.teacher_b + j * head.teacher_stride, head.teacher_width,
+                      head.teacher_stride, t);
+}
+
 // Adds the gradients that the rows of panel i bring: row(j, r) is row r of G between panels i and
 // j.
 template <class T, class Row>

@@ -70,13 +70,7 @@ struct SymmetricKl {
                                                   int64_t lane, int64_t j, T* block,
                                                   Vector<T> (&rows)[3][2]) const {
     Vector<T> s[2][V], t[2][V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) s[0][v] = s[1][v] = t[0][v] = t[1][v] = starts[j + v];
-    add_scores<T, 2, V>(head.a + i * head.stride, lane, head.a + j * head.stride, head.width,
-                        head.stride, s);
-    add_scores<T, 2, V>(head.teacher_a + i * head.teacher_stride, lane,
-                        head.teacher_a + j * head.teacher_stride, head.teacher_width,
-                        head.teacher_stride, t);
+    make_scores<T, 2, V>(head, starts, i, lane, j, s, t);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       Vector<T> terms[3][2];
