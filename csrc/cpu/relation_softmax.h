@@ -122,7 +122,7 @@ struct SoftmaxRelation {
                                                              T other) {
     switch (divergence) {
       case Divergence::kKl:
-        return s * factor - t * other;
+        return minus_product(s, factor, t, other);
       case Divergence::kReverseKl:
         return s * factor * (t - other);
       case Divergence::kProbabilityMse:

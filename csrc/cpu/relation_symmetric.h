@@ -139,8 +139,8 @@ struct SymmetricKl {
         Vector<T> maps[W];
 #pragma GCC unroll 4
         for (int r = 0; r < W; ++r)
-          maps[r] = exponentials[r] * (across[0] + factors[0][i * W + r]) -
-                    exponentials[W + r] * (across[1] + factors[1][i * W + r]);
+          maps[r] = minus_product(exponentials[r], across[0] + factors[0][i * W + r],
+                                  exponentials[W + r], across[1] + factors[1][i * W + r]);
         add_mapped<T>(maps, head.a + i * head.stride, head.width, head.da + j * head.stride);
         if (i == j) continue;
         transpose<T>(maps);

@@ -73,6 +73,15 @@ inline __attribute__((always_inline)) Vector<T> larger(Vector<T> a, Vector<T> b)
   return a > b ? a : b;
 }
 
+// a b - c d, each product rounded: equal products leave nothing.
+template <class V, class Factor>
+inline __attribute__((always_inline)) V minus_product(V a, Factor b, V c, Factor d) {
+  V first = a * b, second = c * d;
+  in_register(first);
+  in_register(second);
+  return first - second;
+}
+
 // The numbered lanes, those of b counted on from a's.
 template <int... lane, class V>
 inline __attribute__((always_inline)) V pick(V a, V b) {
@@ -186,6 +195,7 @@ struct Log2 {
       p = p * zz + 0.96179669f;
       p = p * zz + 2.88539008f;
       rest = p * z;
+      in_register(rest);  // rounded here: logarithms of equal numbers are equal
     } else {
       whole = Vector<T>{};
       for (int i = 0; i < kWidth<T>; ++i) rest[i] = std::log2(x[i]);
