@@ -278,3 +278,14 @@ def test_bad_input_is_named():
         relation_loss([(a, b, t, u)] * 2, [1.0], num_heads=3)
     with pytest.raises(UserError, match="at least one"):
         relation_loss([])
+
+
+def test_large_scores_stay_finite(served_by):
+    tensors = [100 * x for x in make(2, 8, dtype=torch.float32)]
+    results = []
+    for given in (tensors, [x.double() for x in tensors]):
+        leaves = [x.clone().requires_grad_() for x in given[:2]]
+        loss = relation_kl(*leaves, *given[2:], 3)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
