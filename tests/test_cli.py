@@ -368,9 +368,9 @@ def test_a_directory_of_other_things_is_left_alone(inputs, capsys):
 def test_a_wrong_option_costs_no_earlier_run(inputs, tmp_path, capsys):
     """--fresh removes the run that is there once the new one has passed its checks."""
     from fastffn.compress.options import Options
-    from fastffn.compress.rundir import RunDirectory
+    from fastffn.rundir import RunDirectory
 
-    RunDirectory(Options(out=tmp_path)).phase("text", lambda: {"digest": "before"})
+    RunDirectory(tmp_path, Options().identity()).phase("text", lambda: {"digest": "before"})
     before = (tmp_path / "state.json").read_text()
     absent = str(inputs / "absent")
     assert cli.main(["demo", "--fresh", "--teacher", absent, "--out", str(tmp_path)]) == 2

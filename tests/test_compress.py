@@ -14,7 +14,8 @@ import torch
 from tiny_teacher import save_teacher, write_text
 from transformers import AutoModel, AutoTokenizer
 
-from fastffn.compress import baselines, phases, pipeline, rundir, schedule, student
+from fastffn import rundir
+from fastffn.compress import baselines, phases, pipeline, schedule, student
 from fastffn.compress.options import Options
 from fastffn.errors import UserError
 from fastffn.models import EfficientBertModel

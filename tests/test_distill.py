@@ -10,9 +10,10 @@ from tiny_teacher import save_teacher, write_text
 from fastffn.data.text import read_documents
 from fastffn.distill.batches import LengthSampler
 from fastffn.distill.cache import TeacherCache
+from fastffn.distill.checkpoints import last_checkpoint
 from fastffn.distill.objective import Objective
 from fastffn.distill.teacher import load_teacher
-from fastffn.distill.trainer import distil, last_checkpoint
+from fastffn.distill.trainer import distil
 from fastffn.distill.vectors import encode
 from fastffn.errors import UserError
 from fastffn.models import from_teacher, supernet_from_teacher

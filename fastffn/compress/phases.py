@@ -21,7 +21,6 @@ from torch import nn
 
 from fastffn.compress import schedule
 from fastffn.compress.run import Run
-from fastffn.compress.rundir import atomic_directory
 from fastffn.compress.student import LENGTH, plain
 from fastffn.distill.objective import Objective
 from fastffn.distill.trainer import TrainResult, distil
@@ -29,6 +28,7 @@ from fastffn.distill.vectors import encode
 from fastffn.evaluate.retention import retention
 from fastffn.expr import Gene
 from fastffn.models import EfficientBertModel, extract, from_teacher, supernet_from_teacher
+from fastffn.rundir import atomic_directory
 from fastffn.search.coarse_to_fine import Stage, coarse_to_fine
 from fastffn.search.space import frozen
 

@@ -18,16 +18,17 @@ from fastffn.compress.corpus import Corpus, read
 from fastffn.compress.memory import freed_memory_kept
 from fastffn.compress.options import Options
 from fastffn.compress.run import Progress, Run
-from fastffn.compress.rundir import RunDirectory
 from fastffn.distill.cache import TeacherCache
 from fastffn.distill.objective import Objective
 from fastffn.distill.teacher import DEFAULT_TEACHER, Teacher, load_teacher
 from fastffn.errors import UserError
+from fastffn.rundir import RunDirectory
 
 # Tried on the demonstration: hidden states teach most, the vector alone least.
 WEIGHTS = {"hidden": 3.0, "relations": 1.0, "vector": 1.0}
 _MAX_TOKENS = 128  # of a sentence
 _RELATION_HEADS = 12
+_RESULTS = ("student", "report.json", "report.md")
 _PHASES = ("text", "teacher", "warmup", "search", "distil", "baselines", "measure")
 _MEASURED = (
     *("size_ratio", "size_ratio_total", "speedup_b1", "speedup_b32", "length"),
@@ -52,7 +53,9 @@ def run(options: Options, progress: Progress | None = None) -> dict[str, Any]:
         KeyboardInterrupt: passed on; the directory can be resumed by the same call.
     """
     progress = progress or (lambda phase, done, total, text: None)
-    directory = RunDirectory(options)
+    directory = RunDirectory(
+        options.out, options.identity(), options.fresh, contents=_RESULTS, free=("text",)
+    )
     if directory.finished:
         progress("measure", 1, 1, f"finished before: {options.out} (--fresh starts over)")
         return directory.report

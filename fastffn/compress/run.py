@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fastffn.compress import schedule
 from fastffn.compress.corpus import Corpus
 from fastffn.compress.options import Options
-from fastffn.compress.rundir import RunDirectory
 from fastffn.compress.student import Shape
 from fastffn.distill.cache import TeacherCache
 from fastffn.distill.objective import Objective
 from fastffn.distill.teacher import Teacher
+from fastffn.rundir import RunDirectory
 
 Progress = Callable[[str, float, float, str], None]
 

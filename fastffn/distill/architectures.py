@@ -12,7 +12,7 @@ projections (tests/test_capture.py). To add one, add it here and to the test.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -108,7 +108,7 @@ class Encoder:
         self.base: nn.Module = getattr(model, "base_model", model)
         self.architecture = _architecture(self.base)
         layers = find(self.base, self.architecture.layers)
-        self.layers: nn.ModuleList = layers.whole if isinstance(layers, Shortened) else layers
+        self.layers: nn.ModuleList = layers.whole if isinstance(layers, Walk) else layers
 
     def attention(self, layer: int) -> nn.Module:
         """The module whose children are the projections."""
@@ -145,12 +145,12 @@ class Encoder:
         return ""
 
     @contextlib.contextmanager
-    def shortened(self, count: int) -> Iterator[None]:
-        """Within the block a forward runs the first `count` layers only."""
+    def walking(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Within the block a forward runs these layers, in their order; they may be others."""
         place, _, name = self.architecture.layers.rpartition(".")
         holder = find(self.base, place)
         before = getattr(holder, name)
-        setattr(holder, name, Shortened(self.layers, count))
+        setattr(holder, name, Walk(self.layers, layers))
         try:
             yield
         finally:
@@ -161,28 +161,28 @@ class Encoder:
         return len(find(self.base, self.architecture.layers))
 
 
-class Shortened(nn.ModuleList):
-    """The first `count` of some layers to whoever walks or indexes them, all of them to torch.
+class Walk(nn.ModuleList):
+    """Some layers to whoever walks or indexes them, the encoder's own, all of them, to torch.
 
-    Parameters, `state_dict`, `modules()` and devices see every layer under its usual name. Why not
-    a shorter `ModuleList`: transformers installs its recorders of hidden states on the layers that
-    it finds at the first call that asks for them, once and for all, so layers that were missing
-    then would never be recorded.
+    Parameters, `state_dict`, `modules()` and devices see the whole under its usual names, and
+    nothing of layers that belong elsewhere. Why not another `ModuleList`: transformers installs its
+    recorders of hidden states on the layers that it finds at the first call that asks for them,
+    once and for all, so layers that were missing then would never be recorded.
     """
 
-    def __init__(self, whole: nn.ModuleList, count: int):
+    def __init__(self, whole: nn.ModuleList, walked: Sequence[nn.Module]):
         super().__init__()
         self._modules = whole._modules
-        self.__dict__.update(whole=whole, count=count)
+        self.__dict__.update(whole=whole, walked=tuple(walked))
 
     def __iter__(self):
-        return iter(list(self._modules.values())[: self.count])
+        return iter(self.walked)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.walked)
 
     def __getitem__(self, index):
-        return list(self)[index]
+        return self.walked[index]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -135,7 +135,8 @@ def capture(
         if "embeddings" in names:
             _tap_embeddings(encoder, states, stack)
         if stop:
-            stack.enter_context(encoder.shortened(min(last + 1, encoder.running())))
+            run = min(last + 1, encoder.running())
+            stack.enter_context(encoder.walking(list(encoder.layers)[:run]))
         yield states
     missing = {
         f"layer {number}": [name for name in of_layers if name not in by_layer[number]]

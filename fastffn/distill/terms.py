@@ -19,7 +19,6 @@ The formulas and their sources are in `fastffn.losses` and `fastffn.functional`.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -2,21 +2,11 @@
 
     result = distil(student, cache, objective, steps=500)
 
-The Trainer brings what one should not write again: devices, several processes, clipping, schedules
-and checkpoints. Added here are the objective, batches of sentences of like length in an order that
-a resumed run repeats, checkpoints by the clock instead of by steps, and a curve of every loss.
-
-A checkpoint counts when its trainer_state.json, which is written last, can be read: whatever the
-moment a run is killed, the newest whole one is used. Weights are safetensors, the optimiser's state
-is read with weights_only=True, and training_args.bin, which is a pickle, is not written at all.
+Resuming and the curve are `ResumableTrainer`'s; added here is the objective.
 """
 
 import contextlib
-import gc
-import json
 import logging
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainingArguments
 
 from fastffn.distill.batches import CacheCollator, LengthSampler, SentenceNumbers
 from fastffn.distill.cache import TeacherCache
 from fastffn.distill.objective import Objective
+from fastffn.distill.resumable import CURVE_POINTS, Clock, ResumableTrainer
 from fastffn.errors import UserError
 from fastffn.expr import Gene
 
 logger = logging.getLogger(__name__)
-
-_CURVE_POINTS = 100  # of one training run; each is a mean over the steps since the last
-_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -57,12 +44,13 @@ class TrainResult:
     frozen: list[str]
 
 
-class DistilTrainer(Trainer):
-    """A Trainer whose loss is an `Objective` and whose data are a `TeacherCache`.
+class DistilTrainer(ResumableTrainer):
+    """Its loss is an `Objective` and its data are a `TeacherCache`.
 
     Args:
         model: the student.
-        args: with remove_unused_columns=False.
+        args: see `ResumableTrainer`.
+        clock: the same.
         cache: the teacher's outputs.
         objective: the losses.
         numbers: which sentences to train on.
@@ -73,73 +61,28 @@ class DistilTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
+        clock: Clock,
         cache: TeacherCache,
         objective: Objective,
         numbers: np.ndarray,
         genes: Callable[[int], Sequence[Gene | str]] | None = None,
-        **options,
     ):
         super().__init__(
-            model,
-            args,
+            model=model,
+            args=args,
+            clock=clock,
+            sampler=LengthSampler(cache.lengths[numbers], args.train_batch_size, seed=args.seed),
             data_collator=CacheCollator(cache, objective.outputs),
             train_dataset=Subset(SentenceNumbers(len(cache)), numbers),
-            **options,
         )
         self.objective, self.genes = objective, genes
-        self.loss_is_scaled_for_ga = False
-        self._lengths = cache.lengths[numbers]
-        self._sums: dict[str, Tensor] = {}
-        self._summed = 0
-
-    def _get_train_sampler(self, train_dataset=None) -> LengthSampler:
-        return LengthSampler(self._lengths, self.args.train_batch_size, seed=self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.genes is not None:
             self.model.set_genes(self.genes(self.state.global_step))
         losses = self.objective.losses(model, inputs)
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self._summed += 1
+        self.note({name: value.detach() for name, value in losses.items()})
         return (losses["total"], losses) if return_outputs else losses["total"]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._summed:  # means of the unweighted parts beside the Trainer's own figures
-            parts = {name: float(value) / self._summed for name, value in self._sums.items()}
-            logs = {**logs, "parts": parts}
-            self._sums, self._summed = {}, 0
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
-
-
-class _Clock(TrainerCallback):
-    """Asks for checkpoints by the clock, reports progress, and adds up seconds over resumptions."""
-
-    def __init__(self, every: float | None, progress: Callable[[int, int], None] | None):
-        self.every, self.progress = every, progress
-        self.before = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before = next(
-            (entry["clock"] for entry in reversed(state.log_history) if "clock" in entry), 0.0
-        )
-        self.start = self.saved = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now = time.monotonic()
-        if self.progress:
-            self.progress(state.global_step, state.max_steps)
-        if self.every is not None and now - self.saved >= self.every:
-            self.saved = now
-            control.should_save = state.global_step < state.max_steps
-            if control.should_save:
-                state.log_history.append({"clock": self.seconds(), "step": state.global_step})
-
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.start
 
 
 def distil(
@@ -193,7 +136,7 @@ def distil(
         raise UserError("distillation needs at least one step and one sentence")
     if missing := set(objective.outputs) - set(cache.outputs):
         raise UserError(f"the teacher's outputs lack {sorted(missing)}: compute them again")
-    clock = _Clock(checkpoint_seconds if output_dir else None, progress)
+    clock = Clock(checkpoint_seconds if output_dir else None, progress)
     with contextlib.ExitStack() as stack:
         # What a supernet's losses reach changes with its genes: nothing is frozen for good.
         probe = None if genes else cache.batch(numbers[:3], objective.outputs)
@@ -209,8 +152,8 @@ def distil(
             weight_decay=weight_decay,
             optim="adamw_torch_fused",
             logging_strategy="steps",
-            logging_steps=max(1, steps // _CURVE_POINTS),
-            save_strategy="no",  # `_Clock` asks for checkpoints
+            logging_steps=max(1, steps // CURVE_POINTS),
+            save_strategy="no",  # `Clock` asks for checkpoints
             save_total_limit=2,
             seed=seed,
             remove_unused_columns=False,
@@ -219,68 +162,10 @@ def distil(
             disable_tqdm=True,
             report_to="none",
         )
-        trainer = DistilTrainer(student, args, cache, objective, numbers, genes, callbacks=[clock])
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        checkpoint = None
-        if output_dir:
-            checkpoint = last_checkpoint(output_dir) if resume else None
-            remove_checkpoints(output_dir, keep=checkpoint)
-        stack.enter_context(_libraries_kept())
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer = DistilTrainer(student, args, clock, cache, objective, numbers, genes)
+        trainer.run(output_dir, resume)
     student.eval()
-    curve = [
-        [entry["step"], entry["loss"], _rounded(entry.get("parts", {}))]
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
-    return TrainResult(curve, clock.seconds(), frozen)
-
-
-def last_checkpoint(directory: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    whole = [path for path in Path(directory).glob("checkpoint-*") if _is_whole(path)]
-    return max(whole, key=_step, default=None)
-
-
-def remove_checkpoints(directory: str | Path, keep: Path | None = None) -> None:
-    """Removes all checkpoints but one, those of an interrupted save too."""
-    for path in Path(directory).glob("checkpoint-*"):
-        if path != keep:
-            shutil.rmtree(path)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return state["global_step"] == _step(checkpoint)
-
-
-def _rounded(parts: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in parts.items() if name != "total"}
-
-
-@contextlib.contextmanager
-def _libraries_kept() -> Iterator[None]:
-    """Sets what exists aside from garbage collection for the block.
-
-    The Trainer collects at its start: over everything that was ever imported this takes 0.4 s, for
-    a candidate of the search as long as its training.
-    """
-    ours = gc.get_freeze_count() == 0
-    if ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.unfreeze()
+    return TrainResult(trainer.curve(), clock.seconds(), frozen)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """The run directory: what a run has finished, so that it can be interrupted at any moment.
 
-    state.json       options, plan, and the result of every finished phase; replaced atomically
-    work/            teacher outputs, checkpoints, supernet, search; removed at the end
-    student/         the result, complete from the moment it exists
-    report.json ...  written by the report
+    state.json       what the run was asked to do, its plan, and the result of every finished phase;
+                     replaced atomically
+    work/            what is only needed until the run is finished; removed at the end
+    ...              results, each complete from the moment it exists
 
 A phase either is in state.json with its result or has to run (again, or on from its own
 checkpoints). Directories of weights are written beside their place and renamed.
@@ -15,11 +15,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastffn.compress.options import Options
 from fastffn.errors import UserError
 from fastffn.files import make_ordinary, write_text_atomic
 
@@ -34,6 +33,14 @@ class RunDirectory:
     mistake in the options must neither leave a directory that refuses the corrected ones nor cost
     an earlier run.
 
+    Args:
+        path: the directory.
+        options: what decides the results, as JSON values by name; another run's are refused.
+        fresh: start over where it holds another or a finished run.
+        contents: names of the results, removed with `fresh`.
+        free: phases that cost nothing: while only these are finished, other options are taken.
+        writes: False: this process of several computes along but leaves the directory to another.
+
     Attributes:
         path: the directory.
         work: what is only needed until the run is finished.
@@ -43,20 +50,30 @@ class RunDirectory:
         UserError: it cannot be written, holds something else, or a run with other options.
     """
 
-    def __init__(self, options: Options):
-        self.path = options.out
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, Any],
+        fresh: bool = False,
+        contents: Sequence[str] = (),
+        free: Sequence[str] = (),
+        writes: bool = True,
+    ):
+        self.path = path
         self.work = self.path / "work"
-        _check_writable(self.path)
-        found = self._read(options.fresh)
-        self._stale = found is not None and options.fresh
+        self._contents, self._writes = ("work", *contents), writes
+        if writes:
+            _check_writable(self.path)
+        found = self._read(fresh)
+        self._stale = found is not None and fresh
         if self._stale:
             found = None
-        if found is not None and not _same_options(found, options.identity(), self.path):
+        if found is not None and not _same_options(found, dict(options), self.path, free):
             found = None
         self.resumed = found is not None
         self._state = found or {
             "format": _FORMAT,
-            "options": options.identity(),
+            "options": dict(options),
             "plan": {},
             "kept": {},
             "phases": {},
@@ -116,6 +133,8 @@ class RunDirectory:
         """Keeps the report and removes the working files, except `keep`."""
         self._state["report"] = report
         self._write()
+        if not self._writes:
+            return
         for path in self.work.iterdir() if self.work.is_dir() else ():
             if path.name not in keep:
                 shutil.rmtree(path)
@@ -142,13 +161,16 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Removes what a run writes and nothing else; the state last: this can be cut short."""
-        for name in ("work", "student"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("report.json", "report.md"):
-            (self.path / name).unlink(missing_ok=True)
+        for path in (self.path / name for name in self._contents):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         (self.path / _STATE).unlink()
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         if self._stale:
             self._clear()
             self._stale = False
@@ -190,12 +212,17 @@ def _check_writable(path: Path) -> None:
         ) from None
 
 
-def _same_options(state: dict[str, Any], now: dict[str, Any], path: Path) -> bool:
+def _same_options(
+    state: dict[str, Any], now: dict[str, Any], path: Path, free: Sequence[str]
+) -> bool:
     """Whether the run has these options; False where nothing would be lost with it."""
     before = state["options"]
-    differing = [name for name in now if before.get(name) != now[name]]
-    if differing and set(state["phases"]) - {"text"}:
-        changes = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differing)
+    names = dict.fromkeys([*before, *now])
+    differing = [name for name in names if before.get(name) != now.get(name)]
+    if differing and set(state["phases"]) - set(free):
+        changes = ", ".join(
+            f"{name} was {before.get(name)}, is {now.get(name)}" for name in differing
+        )
         raise UserError(
             f"{path} holds a run with other options ({changes}): use these, choose another "
             "directory, or start over with --fresh"
