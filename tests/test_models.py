@@ -16,14 +16,18 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from fastffn.layers import ElasticFFN
 from fastffn.models import (
     EfficientBertConfig,
     EfficientBertForMaskedLM,
+    EfficientBertForQuestionAnswering,
     EfficientBertForSequenceClassification,
+    EfficientBertForTokenClassification,
     EfficientBertModel,
 )
 
@@ -83,6 +87,8 @@ def test_parameter_count(name, changes, expected):
         (EfficientBertModel, AutoModel),
         (EfficientBertForMaskedLM, AutoModelForMaskedLM),
         (EfficientBertForSequenceClassification, AutoModelForSequenceClassification),
+        (EfficientBertForQuestionAnswering, AutoModelForQuestionAnswering),
+        (EfficientBertForTokenClassification, AutoModelForTokenClassification),
     ],
 )
 def test_round_trip(model_class, auto, changes, tmp_path):
@@ -193,6 +199,58 @@ def test_classification_learns(count, labels, problem):
     losses = descend(model, input_ids=tokens(), labels=labels)
     assert losses[-1] < losses[0]
     assert model.config.problem_type == problem
+
+
+def test_token_classification_learns():
+    torch.manual_seed(0)
+    model = EfficientBertForTokenClassification(tiny(num_labels=3))
+    labels = tokens() % 3
+    labels[:, ::2] = -100
+    losses = descend(model, input_ids=tokens(), labels=labels)
+    assert losses[-1] < losses[0] - 0.1
+    model.eval()
+    output = model(tokens(), labels=labels)
+    chosen = output.logits[:, 1::2].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(chosen, labels[:, 1::2].flatten())
+    torch.testing.assert_close(output.loss, wanted)
+    summed = model(tokens(), labels=labels, num_items_in_batch=2).loss
+    torch.testing.assert_close(summed, wanted * (labels != -100).sum() / 2)
+
+
+def test_question_answering_learns():
+    torch.manual_seed(0)
+    model = EfficientBertForQuestionAnswering(tiny(num_labels=3))
+    inputs = {"input_ids": tokens(), "start_positions": torch.tensor([1, 0, 4])}
+    inputs["end_positions"] = torch.tensor([2, 0, 6])
+    losses = descend(model, **inputs)
+    assert losses[-1] < losses[0] - 0.1
+    model.eval()
+    output = model(**inputs)
+    assert output.start_logits.shape == output.end_logits.shape == (3, 7)
+    entropy = torch.nn.functional.cross_entropy
+    wanted = entropy(output.start_logits, inputs["start_positions"])
+    wanted = (wanted + entropy(output.end_logits, inputs["end_positions"])) / 2
+    torch.testing.assert_close(output.loss, wanted)
+
+
+def test_answers_outside_the_text_count_for_nothing():
+    model = EfficientBertForQuestionAnswering(tiny()).eval()
+    start, end = torch.tensor([1, 7, 300]), torch.tensor([2, 9, 300])
+    output = model(tokens(), start_positions=start, end_positions=end)
+    first = model(tokens()[:1], start_positions=start[:1], end_positions=end[:1])
+    torch.testing.assert_close(output.loss, first.loss)
+    column = model(tokens(), start_positions=start[:, None], end_positions=end[:, None])
+    torch.testing.assert_close(output.loss, column.loss)
+
+
+@pytest.mark.parametrize(
+    "model_class", [EfficientBertForQuestionAnswering, EfficientBertForTokenClassification]
+)
+def test_heads_pass_on_what_is_recorded(model_class):
+    model = model_class(tiny()).eval()
+    full = model(tokens(), output_hidden_states=True, output_attentions=True)
+    assert len(full.hidden_states) == 3 and len(full.attentions) == 2
+    assert isinstance(model(tokens(), return_dict=False), tuple)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")

@@ -98,7 +98,7 @@ class EfficientBertConfig(PreTrainedConfig):
         for name in _POSITIVE:
             check_positive(name, getattr(self, name))
         if self.genes is None:
-            self.genes = _published(self.num_hidden_layers)
+            self.genes = published_genes(self.num_hidden_layers)
         if not isinstance(self.genes, list | tuple):
             raise UserError(f"genes: expected one text for each layer, got {self.genes!r}")
         self.genes = [self.gene_text(gene) for gene in self.genes]
@@ -179,7 +179,7 @@ class EfficientBertConfig(PreTrainedConfig):
             raise UserError(f"supernet: {error}") from None
 
 
-def _published(layers: int) -> list[str]:
+def published_genes(layers: int) -> list[str]:
     """The published genes spread over `layers`, a multiple of their number."""
     if layers % len(PUBLISHED):
         raise UserError(

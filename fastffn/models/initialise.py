@@ -133,7 +133,7 @@ def from_teacher(
             fit the layers, or embedding_size is not below the hidden size.
     """
     base = bert_encoder(teacher)
-    layers = _chosen(layers, len(base.encoder.layer))
+    layers = layer_indices(layers, len(base.encoder.layer))
     if isinstance(genes, Gene | str):
         genes = [genes] * len(layers)
     genes = [as_gene(gene, ffn_base) for gene in genes]
@@ -249,7 +249,7 @@ def unit_strengths(teacher: nn.Module, samples: Mapping[str, Tensor] | None = No
     return [a * b for a, b in zip(powers, down, strict=True)]
 
 
-def _chosen(layers: Sequence[int], count: int) -> list[int]:
+def layer_indices(layers: Sequence[int], count: int) -> list[int]:
     """Layer indices from 0; a UserError for one that the teacher does not have, or for none."""
     if not layers:
         raise UserError("layers: choose at least one layer of the teacher")
