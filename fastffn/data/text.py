@@ -19,6 +19,7 @@ import lzma
 import re
 import sysconfig
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,24 +190,29 @@ def stdlib_documents(min_words: int = 5, max_words: int = 60) -> list[Document]:
 
 # -- the user's text ---------------------------------------------------------------------------
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _ARTICLE = re.compile(r"^<doc\b[^\n]*>$", re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]*)"')
 _ENOUGH_DOCUMENTS = 20  # from here on a tenth by whole files is a tenth, nearly
 
 
-def _read(path: Path) -> str:
+def read_utf8(path: Path, what: str = "text file") -> str:
+    """The text of a UTF-8 file (plain, .gz or .xz), without a byte order mark.
+
+    Raises:
+        UserError: a missing file, not UTF-8, or unreadable; `what` names it.
+    """
     if not path.is_file():
-        raise UserError(f"text file {path} does not exist: give the path of a UTF-8 text file")
+        raise UserError(f"{what} {path} does not exist: give the path of a UTF-8 text file")
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
             return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"text file {path} is not UTF-8 (byte {error.start}): convert it to UTF-8"
+            f"{what} {path} is not UTF-8 (byte {error.start}): convert it to UTF-8"
         ) from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"text file {path} cannot be read: {error}") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{what} {path} cannot be read: {error}") from None
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -259,7 +265,7 @@ def read_documents(
     documents = [
         collector.document(name, run)
         for path in paths
-        for name, run in _parts(path.name, _read(path), parts)
+        for name, run in _parts(path.name, read_utf8(path), parts)
     ]
     documents = [document for document in documents if document.sentences]
     count = sum(len(document.sentences) for document in documents)

@@ -1,0 +1,96 @@
+"""A model's scores on a split of a task.
+
+evaluate(model, encode_task(tokenizer, data.splits["validation"], data.task, 128, train=False),
+         data, "validation")   ->   {"accuracy": 0.91}
+"""
+
+import inspect
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastffn.data.encode import Encoded
+from fastffn.data.qa import qa_scores
+from fastffn.data.tasks import TaskData
+from fastffn.data.windows import SpanReader
+from fastffn.errors import UserError
+from fastffn.evaluate.metrics import METRICS
+
+_TARGETS = ("labels", "start_positions", "end_positions", "index")
+
+
+def evaluate(
+    model: nn.Module, encoded: Encoded, data: TaskData, split: str, batch_size: int = 64
+) -> dict[str, float]:
+    """Computes the task's metrics, where the model's parameters are, in inference mode.
+
+    Rows run in order of their length. The model's training mode is as before in the end.
+
+    Args:
+        model: gives logits [rows, classes] ([rows, 1] of regression), or of qa start_logits and
+            end_logits [rows, length].
+        encoded: that split, by `encode_task` with train=False.
+
+    Returns:
+        metric -> value, in the order of the task's metrics.
+
+    Raises:
+        UserError: rows that are not those of the split, logits that do not fit the task or are
+            not finite.
+    """
+    task, examples = data.task, data.splits[split]
+    qa = task.kind == "qa"
+    if qa and encoded.windows is None:
+        raise UserError(f"task {task.name}: encode split {split} for evaluation, with train=False")
+    count = int(encoded.windows.example.max(initial=-1)) + 1 if qa else len(encoded)
+    if count != len(examples) or not count:
+        raise UserError(
+            f"task {task.name}: {count} examples were encoded, split {split} has {len(examples)}"
+        )
+    order = np.argsort(encoded.lengths, kind="stable")
+    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    reader = SpanReader(encoded.windows) if qa else None
+    predictions = np.zeros(len(encoded), np.int64 if task.kind == "classification" else np.float64)
+    for numbers, output in _forward(model, encoded, batches):
+        if qa:
+            reader.read(numbers, *(_finite(output[f"{side}_logits"]) for side in ("start", "end")))
+            continue
+        logits = _finite(output["logits"])
+        width = len(task.labels) if task.kind == "classification" else 1
+        if logits.shape != (len(numbers), width):
+            raise UserError(
+                f"task {task.name} needs {width} logits a row, the model gives {logits.shape[-1]}: "
+                "load it with a head of this task"
+            )
+        predictions[numbers] = logits.argmax(axis=1) if width > 1 else logits[:, 0]
+    if qa:
+        values = qa_scores(reader.answers(examples), examples)
+        return {name: values[name] for name in task.metrics}
+    labels = np.asarray(examples.labels)
+    return {name: METRICS[name](predictions, labels) for name in task.metrics}
+
+
+def _forward(model: nn.Module, encoded: Encoded, batches: list[np.ndarray]):
+    device = next(model.parameters()).device
+    taken = set(inspect.signature(model.forward).parameters)
+    training = model.training
+    model.eval()
+    try:
+        for numbers in batches:
+            batch = {
+                name: value.to(device)
+                for name, value in encoded.batch(numbers).items()
+                if name in taken and name not in _TARGETS
+            }
+            with torch.inference_mode():
+                output = model(**batch)
+            yield numbers, output
+    finally:
+        model.train(training)
+
+
+def _finite(logits: torch.Tensor) -> np.ndarray:
+    if not logits.isfinite().all():
+        raise UserError("the model's outputs are not finite: its weights are broken")
+    return logits.float().cpu().numpy()
