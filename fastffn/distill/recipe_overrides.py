@@ -1,0 +1,70 @@
+"""Overrides: `stages.gd.losses.hidden.weight=2` changes one value of a recipe before it is checked.
+
+The value is YAML. Stages go by name and must be there; what else is not there is made, and if no
+such key exists the check of the whole names the override.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastffn.distill.recipe_fields import RecipeError, choice, dotted
+from fastffn.distill.recipe_parts import model_name
+from fastffn.distill.recipe_yaml import Places, parse
+from fastffn.errors import UserError
+
+# One of two keys that say the same in different units: the override's replaces the file's.
+_REPLACES = {"epochs": "steps", "warmup": "warmup_steps", "task": "text"}
+_REPLACES |= {new: old for old, new in _REPLACES.items()}
+
+
+def apply(values: dict[str, Any], places: Places, text: str) -> None:
+    """Changes `values`, whose stages are a mapping by name, and says in `places` where from.
+
+    Raises:
+        UserError: no `key=value`, no YAML, a stage that is not there, a key below a plain value.
+    """
+    key, equals, written = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise UserError(f"override {text!r} is none: give key.sub=value")
+    value, _ = parse(written, text, with_lines=False)
+    node = values
+    for index, name in enumerate(path[:-1]):
+        here = path[: index + 1]
+        if index == 1 and path[0] == "stages" and name not in node:
+            places.put(here, text)
+            raise RecipeError(here, f"is unknown: {choice(name, node)}")
+        if node.get(name) is None:
+            node[name] = {}
+            places.put(here, text)
+        elif not isinstance(node[name], dict):
+            node[name] = _opened(node[name], here, text)
+        node = node[name]
+    _set(node, path, value)
+    places.put(path, text)
+    other = _REPLACES.get(path[-1])
+    if value is not None and other in node:
+        del node[other]
+
+
+def _set(node: dict[str, Any], path: tuple, value: Any) -> None:
+    """Sets the last key; text for a loaded model and a number for a loss keep other options."""
+    old = node.get(path[-1])
+    if isinstance(old, Mapping) and "load" in old and model_name(path) and isinstance(value, str):
+        value = {**old, "load": value}
+    elif isinstance(old, Mapping) and _is_loss(path) and isinstance(value, int | float):
+        value = {**old, "weight": value}
+    node[path[-1]] = value
+
+
+def _opened(value: Any, path: tuple, text: str) -> dict[str, Any]:
+    """The mapping that a plain value is short for."""
+    if model_name(path) and isinstance(value, str):
+        return {"load": value}
+    if _is_loss(path) and isinstance(value, int | float):
+        return {"weight": value}
+    raise UserError(f"{text}: {dotted(path)} is {value!r} and has no keys")
+
+
+def _is_loss(path: tuple) -> bool:
+    return len(path) == 4 and path[0] == "stages" and path[2] == "losses"
