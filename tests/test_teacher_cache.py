@@ -1,12 +1,12 @@
 """The stored teacher outputs: what the teacher says, reused for the same work, never half made."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from fastffn.distill import cache as cache_module
 from fastffn.distill.batches import CacheCollator, LengthSampler, SentenceNumbers
 from fastffn.distill.cache import TeacherCache
 from fastffn.distill.capture import capture
@@ -157,7 +157,7 @@ def test_bad_input_is_named(compute, monkeypatch):
         compute(hidden_layers=(4,))
     with pytest.raises(UserError, match="layer 3 does not exist: choose from 0 to 2"):
         compute(relation_layer=3)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
     with pytest.raises(UserError, match="make room"):
         compute()
 
