@@ -8,6 +8,7 @@ what is built here can be saved and loaded by anybody.
 import copy
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fastffn.distill.architectures import Encoder, find, unwrapped
@@ -84,6 +85,36 @@ class Head:
             )
         return auto
 
+    def is_of_another_task(self, config) -> bool:
+        """Whether a stored configuration's class has a head of another kind than this one.
+
+        Heads of different kinds may share names: BERT's for texts and for tokens both end in
+        `classifier`.
+        """
+        import transformers
+
+        mine = _KINDS[self.kind][0]
+        autos = {auto for auto, _ in _KINDS.values()} - {mine, "AutoModel"}
+        mappings = [getattr(transformers, name)._model_mapping for name in autos]
+        names = {m[type(config)].__name__ for m in mappings if type(config) in m}
+        return self.kind != "none" and bool(names & {*(config.architectures or ())})
+
+    def model(self, config, dtype: str | torch.dtype | None, like: nn.Module | None) -> nn.Module:
+        """A random model with this head, on the device of `like` if that is given.
+
+        Raises:
+            UserError: no model can be built from the configuration.
+        """
+        auto = self.auto_class(config)
+        try:
+            model = auto.from_config(self.configured(config), dtype=as_dtype(dtype))
+        except UserError:
+            raise
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            message = str(error).strip().split("\n", 1)[0]
+            raise UserError(f"config: no model can be built from it: {message}") from error
+        return model if like is None else model.to(next(like.parameters()).device)
+
     def is_on(self, model: nn.Module) -> bool:
         """Whether a model has this head, with these classes in this order."""
         model = unwrapped(model)
@@ -100,6 +131,11 @@ class Head:
             and len(theirs) == self.num_labels
             and (not self.labels or tuple(theirs) == self.labels)
         )
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """A dtype by name; None: float32."""
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
 
 
 def head_state(model: nn.Module) -> dict:

@@ -1,5 +1,7 @@
 """Which layers to compare: the choices that papers count from 1, as the indices code takes."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from fastffn.distill.architectures import Encoder
@@ -81,3 +83,25 @@ def layer_map(
     else:
         raise UserError(f"layer map {how!r} is unknown: choose uniform, last or first")
     return tuple(enumerate(ends))
+
+
+def source_layers(
+    layers: int | Sequence[int] | None, count: int, how: str | None = None
+) -> list[int]:
+    """Which layers of another model a student takes over.
+
+    Args:
+        layers: None (all), a number of layers, or indices from 0 (negative: from the last).
+        count: layers of the other model.
+        how: for a number, as in `layer_map`; None: "uniform".
+
+    Raises:
+        UserError: a layer that is not there, none at all, or more than there are.
+    """
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, int):
+        return [index for _, index in layer_map(layers, count, how or "uniform")]
+    from fastffn.models.initialise import layer_indices
+
+    return layer_indices(layers, count)

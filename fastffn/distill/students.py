@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from fastffn.distill.architectures import Encoder, find
-from fastffn.distill.heads import Head, copy_head
-from fastffn.distill.layers import layer_map
+from fastffn.distill.efficient_students import efficient_student
+from fastffn.distill.heads import Head, as_dtype, copy_head, head_state
+from fastffn.distill.layers import source_layers
 from fastffn.distill.teacher import LOADING_ERRORS, first_line, load_tokenizer, locate, quiet
 from fastffn.errors import UserError
 
@@ -65,7 +66,7 @@ def load_model(
             lack.
         dtype: of the weights; None: float32, whatever the files hold.
         role: what errors call it. A "teacher" whose head has other classes is refused; of any
-            other role the head is then new.
+            other role the head is then new, as one for another kind of task always is.
         seed: of the weights of a new head.
 
     Raises:
@@ -87,7 +88,7 @@ def load_model(
             model, info = auto.from_pretrained(
                 directory,
                 config=head.configured(stored),
-                dtype=_dtype(dtype),
+                dtype=as_dtype(dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -100,7 +101,9 @@ def load_model(
             raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
         Encoder(model)
         fresh = _fresh(model, info, what)
-        if role == "teacher":
+        if head.is_of_another_task(stored):
+            fresh = _renewed(model, head, fresh)
+        elif role == "teacher":
             _check_classes(stored, info, head, what)
         tokenizer = load_tokenizer(directory, model, what)
     if head.kind == "none" and fresh:
@@ -131,9 +134,30 @@ def build_student(
             model = _layers_of(models[spec.layers_of], spec, head)
         elif spec.like:
             model = _like(models[spec.like], spec, head)
+        elif spec.efficientbert is not None:
+            model = efficient_student(spec.efficientbert, models, head, spec.dtype)
+        elif spec.supernet is not None:
+            model = efficient_student(spec.supernet, models, head, spec.dtype, supernet=True)
         else:
             raise UserError("a student is built by layers_of, like, efficientbert or supernet")
     return model.eval()
+
+
+def same_tokenizer(a: object, b: object) -> bool:
+    """Whether two tokenizers have the same vocabulary and special tokens."""
+    from fastffn.data.encode import tokenizer_digest
+
+    return tokenizer_digest(a) == tokenizer_digest(b)
+
+
+def check_vocabulary(model: nn.Module, tokenizer: object) -> None:
+    """Raises a UserError if a tokenizer has more entries than a model has embeddings."""
+    entries, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if entries > rows:
+        raise UserError(
+            f"the tokenizer has {entries} entries, {type(model).__name__} has embeddings for "
+            f"{rows}: set its vocab_size to {entries} or more"
+        )
 
 
 def check_positions(model: nn.Module, max_length: int) -> None:
@@ -154,33 +178,16 @@ def check_positions(model: nn.Module, max_length: int) -> None:
         )
 
 
-def chosen(layers: object, how: str | None, count: int) -> list[int]:
-    """Indices of a source's layers for a `layers` of a recipe.
-
-    Args:
-        layers: None (all), a number of layers, or indices from 0 (negative: from the last).
-        how: for a number, "uniform", "last" or "first" of `layers.layer_map`.
-        count: layers of the source.
-    """
-    from fastffn.models.initialise import layer_indices
-
-    if layers is None:
-        return list(range(count))
-    if isinstance(layers, int):
-        return [index for _, index in layer_map(layers, count, how or "uniform")]
-    return layer_indices(layers, count)
-
-
 def _layers_of(source: nn.Module, spec: object, head: Head) -> nn.Module:
     """The source with some of its layers and, if it is the same one, its head."""
     encoder = Encoder(source)
     config = encoder.base.config
-    layers = chosen(spec.layers, spec.how, len(encoder.layers))
+    layers = source_layers(spec.layers, len(encoder.layers), spec.how)
     changes: dict[str, object] = {"num_hidden_layers": len(layers)}
     for name in _PER_LAYER:
         if entries := getattr(config, name, None):
             changes[name] = [entries[index] for index in layers]
-    student = _from_config(_changed(config, changes), head, spec.dtype, source)
+    student = head.model(_changed(config, changes), spec.dtype, source)
     _copy_encoder(encoder, Encoder(student), layers)
     copy_head(source, student, head)
     if head.kind == "none" and getattr(encoder.base, "pooler", None) is None:
@@ -203,7 +210,7 @@ def _like(source: nn.Module, spec: object, head: Head) -> nn.Module:
             changes["layer_types"] = None  # by the family's own pattern
     if "hidden_size" in changes and hasattr(config, "pooler_hidden_size"):  # DeBERTa's
         changes.setdefault("pooler_hidden_size", changes["hidden_size"])
-    return _from_config(_changed(config, changes), head, spec.dtype, source)
+    return head.model(_changed(config, changes), spec.dtype, source)
 
 
 def _changed(config, changes: Mapping[str, object]):
@@ -220,18 +227,6 @@ def _changed(config, changes: Mapping[str, object]):
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     changed._attn_implementation = config._attn_implementation
     return changed
-
-
-def _from_config(config, head: Head, dtype: object, source: nn.Module) -> nn.Module:
-    """A random model, on the source's device."""
-    auto = head.auto_class(config)
-    try:
-        model = auto.from_config(head.configured(config), dtype=_dtype(dtype))
-    except UserError:
-        raise
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"config: no model can be built from it: {first_line(error)}") from error
-    return model.to(next(source.parameters()).device)
 
 
 @torch.no_grad()
@@ -270,6 +265,13 @@ def _fresh(model: nn.Module, info: Mapping, what: str) -> tuple[str, ...]:
     return tuple(sorted(absent))
 
 
+def _renewed(model: nn.Module, head: Head, fresh: tuple[str, ...]) -> tuple[str, ...]:
+    """Random weights for the whole head; the names of all that is random then."""
+    new = head_state(head.model(model.config, model.dtype, model))
+    model.load_state_dict(new, strict=False)
+    return tuple(sorted({*fresh, *new}))
+
+
 def _check_classes(stored, info: Mapping, head: Head, what: str) -> None:
     """Refuses a teacher whose classes are not the task's."""
     for name, shape, _ in info["mismatched_keys"]:
@@ -284,10 +286,6 @@ def _check_classes(stored, info: Mapping, head: Head, what: str) -> None:
             f"{what} has its classes in the order {', '.join(theirs)}, the task in the order "
             f"{', '.join(ours)}: give the task's labels in the teacher's order"
         )
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    return getattr(torch, dtype or "float32") if not isinstance(dtype, torch.dtype) else dtype
 
 
 @contextlib.contextmanager
