@@ -1,4 +1,4 @@
-"""The command line: `fastffn demo | bench | doctor`.
+"""The command line: `fastffn demo | distill | finetune | bench | doctor`.
 
 What goes wrong, and how it ends:
     bad input (UserError)       one line, status 2; an ExprError shows its character in two more
@@ -21,6 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import fastffn
+from fastffn.commands import distill
 from fastffn.errors import ExprError, UserError
 
 _BAD_INPUT, _DEFECT, _INTERRUPTED, _CLOSED_PIPE = 2, 1, 130, 141
@@ -61,7 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes a list of words from one place only: key=value may stand after options too.
+    words = [word for word in rest if not word.startswith("-") and "=" in word]
+    if words == rest and hasattr(arguments, "overrides"):
+        arguments.overrides = [*arguments.overrides, *words]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _guarded(arguments)
 
 
@@ -224,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastffn {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    distill.add(commands, _add)
 
     bench = _add(commands, "bench", _bench, "run the benchmarks of a source checkout")
     bench.add_argument("pytest", nargs="*", help="passed on to pytest; put -- before options")

@@ -204,8 +204,15 @@ def _check_set(values: dict[str, Any]) -> None:
     walk(values, ())
     if unset:
         give = " ".join(f"{dotted(path)}={_GIVE.get(path[-1], 'VALUE')}" for path in unset)
-        more = f" and {' and '.join(map(dotted, unset[1:]))} are" if unset[1:] else " is"
-        raise RecipeError(unset[0], f"{more.strip()} not set: give {give}")
+        raise RecipeError(unset[0], f"{_and(unset[1:])} not set: give {give}".strip())
+
+
+def _and(more: list[tuple]) -> str:
+    """` is`, or `, b and c are`: what follows the first of several."""
+    if not more:
+        return "is"
+    *middle, last = map(dotted, more)
+    return f"{''.join(f', {name}' for name in middle)} and {last} are"
 
 
 def _used(values: dict[str, Any]) -> tuple[set[str], set[str]]:

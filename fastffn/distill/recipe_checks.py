@@ -59,8 +59,9 @@ def _check_names(stage: Stage, path: tuple, models: Mapping, data: Mapping) -> N
 def _check_losses(stage: Stage, path: tuple, data: DataSpec) -> None:
     for name, loss in stage.losses.items():
         if loss.options.needs_teacher and stage.teacher is None:
-            said = "compares with a teacher: name one in the stage's teacher"
-            raise RecipeError((*path, "losses", name), said)
+            raise RecipeError(
+                (*path, "teacher"), f"is null, and the loss {name} needs one: name it"
+            )
         if loss.options.needs_labels and data.task is None:
             said = f"needs a task, and {stage.data} is text: name data with a task"
             raise RecipeError((*path, "losses", name), said)
@@ -75,8 +76,7 @@ def _check_teacher(
 ) -> None:
     if stage.teacher is None:
         if stage.replacing is not None:
-            said = "mixes the student with a teacher: name one in the stage's teacher"
-            raise RecipeError((*path, "replacing"), said)
+            raise RecipeError((*path, "teacher"), "is null, and replacing needs one: name it")
         return
     at = (*path, "teacher")
     if not stage.needs_teacher:

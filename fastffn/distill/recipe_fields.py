@@ -23,7 +23,7 @@ class RecipeError(UserError):
 
     def __init__(self, path: tuple, said: str):
         self.path = tuple(path)
-        between = "" if said.startswith(":") or not path else " "
+        between = "" if said.startswith((":", ",")) or not path else " "
         super().__init__(f"{dotted(path)}{between}{said if path else said.lstrip(': ')}")
 
 
@@ -35,7 +35,7 @@ def dotted(path: Iterable) -> str:
 def choice(name: object, known: Iterable[str]) -> str:
     """` did you mean hidden? (known: ...)`: the end of a message about an unknown name."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, 1)
+    close = difflib.get_close_matches(str(name), known, 1, 0.5)
     return f"{f'did you mean {close[0]}? ' if close else ''}(known: {', '.join(known) or 'none'})"
 
 
@@ -69,9 +69,9 @@ def build(cls: type, value: Any, path: tuple, *, also: Iterable[str] = (), **giv
     except RecipeError:
         raise
     except UserError as error:
-        first, _, rest = str(error).partition(" ")
-        if first.rstrip(":") in fields:
-            raise RecipeError((*path, first.rstrip(":")), rest) from None
+        name = str(error).partition(" ")[0].rstrip(":")
+        if name in fields:
+            raise RecipeError((*path, name), str(error)[len(name) :].lstrip(" ")) from None
         raise RecipeError(path, f": {error}") from None
 
 

@@ -40,21 +40,23 @@ def apply(values: dict[str, Any], places: Places, text: str) -> None:
         elif not isinstance(node[name], dict):
             node[name] = _opened(node[name], here, text)
         node = node[name]
-    _set(node, path, value)
-    places.put(path, text)
+    places.put(_set(node, path, value), text)
     other = _REPLACES.get(path[-1])
     if value is not None and other in node:
         del node[other]
 
 
-def _set(node: dict[str, Any], path: tuple, value: Any) -> None:
-    """Sets the last key; text for a loaded model and a number for a loss keep other options."""
+def _set(node: dict[str, Any], path: tuple, value: Any) -> tuple:
+    """Sets the last key, of what has a shorthand only what that is short for; returns its path."""
     old = node.get(path[-1])
     if isinstance(old, Mapping) and "load" in old and model_name(path) and isinstance(value, str):
-        value = {**old, "load": value}
-    elif isinstance(old, Mapping) and _is_loss(path) and isinstance(value, int | float):
-        value = {**old, "weight": value}
+        node[path[-1]] = {**old, "load": value}
+        return (*path, "load")
+    if isinstance(old, Mapping) and _is_loss(path) and isinstance(value, int | float):
+        node[path[-1]] = {**old, "weight": value}
+        return (*path, "weight")
     node[path[-1]] = value
+    return path
 
 
 def _opened(value: Any, path: tuple, text: str) -> dict[str, Any]:

@@ -147,8 +147,8 @@ class Stage:
         teacher: name of the model that teaches. In a recipe: "teacher", where there is one and a
             loss or the replacing needs it.
         epochs, steps: passes over the data, or optimiser steps: one of them.
-        batch_size: examples per process and forward pass.
-        accumulate: forward passes per optimiser step.
+        batch_size: examples of a step, over all processes and passes.
+        accumulate: passes, one after another, that share a step's examples.
         schedule: of the learning rate, after the warm-up.
         warmup, warmup_steps: a fraction of the stage, or steps: one of them; neither: 0.1.
         weight_decay, betas, eps, max_grad_norm: AdamW's, and the gradient's largest norm.
