@@ -8,11 +8,11 @@ import inspect
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastffn.data.encode import Encoded
 from fastffn.data.qa import qa_scores
-from fastffn.data.tasks import TaskData
+from fastffn.data.tasks import Task, TaskData
 from fastffn.data.windows import SpanReader
 from fastffn.errors import UserError
 from fastffn.evaluate.metrics import METRICS
@@ -50,47 +50,56 @@ def evaluate(
         )
     order = np.argsort(encoded.lengths, kind="stable")
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    reader = SpanReader(encoded.windows) if qa else None
-    predictions = np.zeros(len(encoded), np.int64 if task.kind == "classification" else np.float64)
-    for numbers, output in _forward(model, encoded, batches):
-        if qa:
-            reader.read(numbers, *(_finite(output[f"{side}_logits"]) for side in ("start", "end")))
-            continue
-        logits = _finite(output["logits"])
-        width = len(task.labels) if task.kind == "classification" else 1
+    training = model.training
+    model.eval()
+    try:
+        if not qa:
+            predictions = _predict(model, encoded, batches, task)
+            labels = np.asarray(examples.labels)
+            return {name: METRICS[name](predictions, labels) for name in task.metrics}
+        reader = SpanReader(encoded.windows)
+        for numbers in batches:
+            output = _forward(model, encoded, numbers)
+            reader.read(numbers, _finite(output["start_logits"]), _finite(output["end_logits"]))
+    finally:
+        model.train(training)
+    values = qa_scores(reader.answers(examples), examples)
+    return {name: values[name] for name in task.metrics}
+
+
+def _predict(
+    model: nn.Module, encoded: Encoded, batches: list[np.ndarray], task: Task
+) -> np.ndarray:
+    """Classes int64 [rows], or scores float64 [rows]."""
+    classes = task.kind == "classification"
+    width = len(task.labels) if classes else 1
+    predictions = np.zeros(len(encoded), np.int64 if classes else np.float64)
+    for numbers in batches:
+        logits = _finite(_forward(model, encoded, numbers)["logits"])
         if logits.shape != (len(numbers), width):
             raise UserError(
                 f"task {task.name} needs {width} logits a row, the model gives {logits.shape[-1]}: "
                 "load it with a head of this task"
             )
-        predictions[numbers] = logits.argmax(axis=1) if width > 1 else logits[:, 0]
-    if qa:
-        values = qa_scores(reader.answers(examples), examples)
-        return {name: values[name] for name in task.metrics}
-    labels = np.asarray(examples.labels)
-    return {name: METRICS[name](predictions, labels) for name in task.metrics}
+        predictions[numbers] = logits.argmax(axis=1) if classes else logits[:, 0]
+    return predictions
 
 
-def _forward(model: nn.Module, encoded: Encoded, batches: list[np.ndarray]):
+@torch.inference_mode()
+def _forward(model: nn.Module, encoded: Encoded, numbers: np.ndarray):
+    taken = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
-    taken = set(inspect.signature(model.forward).parameters)
-    training = model.training
-    model.eval()
-    try:
-        for numbers in batches:
-            batch = {
-                name: value.to(device)
-                for name, value in encoded.batch(numbers).items()
-                if name in taken and name not in _TARGETS
-            }
-            with torch.inference_mode():
-                output = model(**batch)
-            yield numbers, output
-    finally:
-        model.train(training)
+    batch = encoded.batch(numbers)
+    return model(
+        **{
+            name: value.to(device)
+            for name, value in batch.items()
+            if name in taken and name not in _TARGETS
+        }
+    )
 
 
-def _finite(logits: torch.Tensor) -> np.ndarray:
+def _finite(logits: Tensor) -> np.ndarray:
     if not logits.isfinite().all():
         raise UserError("the model's outputs are not finite: its weights are broken")
     return logits.float().cpu().numpy()
