@@ -40,26 +40,37 @@ class LengthSampler(Sampler[int]):
     """A random order in which each run of `batch_size` sentences has similar lengths.
 
     Sentences are shuffled, sorted by length within pools of `pool` batches, and the pools' batches
-    shuffled again. The order is a function of (seed, epoch) alone: a resumed run, or another
-    process, sees the same one. Why not the Trainer's `group_by_length`: it draws from the global
-    generator, and from the second epoch on a resumed run takes another path.
+    shuffled again. With `whole` an epoch leaves out, by chance, as many as do not fill a batch. The
+    order is a function of (seed, epoch) alone: a resumed run, or another process, sees the same
+    one. Why not the Trainer's `group_by_length`: it draws from the global generator, and from the
+    second epoch on a resumed run takes another path.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, pool: int = 50):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        pool: int = 50,
+        whole: bool = False,
+    ):
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.pool = batch_size, seed, pool
         self.epoch = 0
+        self.count = len(self.lengths)
+        if whole and self.count > batch_size:
+            self.count -= self.count % batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))
+        order = generator.permutation(len(self.lengths))[: self.count]
         size = self.batch_size * self.pool
         pools = [order[k : k + size] for k in range(0, len(order), size)]
         order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])

@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from fastffn.distill.batches import LengthSampler
 from fastffn.distill.checkpoints import last_checkpoint, remove_checkpoints, seal
 
+_PART = "part/"  # before the name of a part in the Trainer's log
 CURVE_POINTS = 100  # of one training run; each is a mean over the steps since the last
 
 
@@ -68,15 +69,24 @@ class ResumableTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._summed:
-            parts = {name: float(value) / self._summed for name, value in self._sums.items()}
-            logs = {**logs, "parts": parts}
-            self._sums, self._summed = {}, 0
+            logs = {**logs, **self._means()}
         super().log(logs, start_time)
+
+    def _means(self) -> dict[str, float]:
+        """Of the parts since the last point of the curve, over all processes."""
+        means = {name: value / self._summed for name, value in self._sums.items()}
+        self._sums, self._summed = {}, 0
+        if self.args.world_size > 1:
+            values = [torch.as_tensor(x, dtype=torch.float64) for x in means.values()]
+            summed = torch.stack([x.to(self.args.device) for x in values])
+            distributed.all_reduce(summed)
+            means = dict(zip(means, summed / self.args.world_size, strict=True))
+        return {_PART + name: round(float(x), 6) for name, x in means.items() if name != "total"}
 
     def curve(self) -> list[list]:
         """[[step, loss, {part: value}], ...]."""
         return [
-            [entry["step"], entry["loss"], _rounded(entry.get("parts", {}))]
+            [entry["step"], entry["loss"], _parts(entry)]
             for entry in self.state.log_history
             if "loss" in entry
         ]
@@ -147,8 +157,9 @@ def _everyone(processes: int) -> None:
         distributed.barrier()
 
 
-def _rounded(parts: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in parts.items() if name != "total"}
+def _parts(entry: dict[str, float]) -> dict[str, float]:
+    """The parts of the loss in an entry of the Trainer's log."""
+    return {name[len(_PART) :]: x for name, x in entry.items() if name.startswith(_PART)}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,184 @@
+"""Runs a recipe: its stages one after the other, resumable at any moment.
+
+    report = run("minilmv2", out="runs/mini", overrides=["teacher=DIR", "data.general.text=a.txt"])
+
+The run directory:
+
+    recipe.yaml                 the recipe as resolved, which can be run again
+    state.json                  finished stages with their results
+    stages/01-general/          weights of a finished stage (projections too) and its log
+    tensorboard/                curves of every loss
+    work/                       checkpoints, teacher outputs; removed at the end
+    student/                    the result: safetensors, configuration and tokenizer
+    report.json                 what was done, on what, how long each part took, and the scores
+
+The same call on a directory that holds an unfinished run of the same recipe goes on where that one
+was, and ends with the same weights, bit for bit on a CPU. torchrun makes it several processes;
+`batch_size` is that of all together, so that the result does not depend on their number but for
+rounding.
+"""
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastffn
+from fastffn.distill.preparation import Prepared, prepare
+from fastffn.distill.processes import Processes
+from fastffn.distill.recipe import Recipe, read
+from fastffn.distill.stages import StageRun
+from fastffn.errors import UserError
+from fastffn.files import write_text_atomic
+from fastffn.rundir import RunDirectory, atomic_directory
+
+logger = logging.getLogger(__name__)
+
+_CONTENTS = ("stages", "tensorboard", "student", "students", "recipe.yaml", "report.json")
+_VERSIONS = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+_HOW_NOT_WHAT = ("name", "description", "checkpoint_seconds")  # may differ when a run is resumed
+
+
+def run(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    progress: Callable[[str, float, float, str], None] | None = None,
+) -> dict[str, Any]:
+    """Runs what is not finished yet and returns the report.
+
+    Args:
+        recipe: a `Recipe`, the path of one, or the name of a shipped one.
+        out: the run directory; None: runs/<name of the recipe>.
+        overrides: texts "key.sub=value", see `recipe.read`.
+        fresh: start over where `out` holds another or a finished run.
+        progress: called as progress(phase, done, total, text).
+
+    Returns:
+        The report as plain data, which report.json holds too.
+
+    Raises:
+        UserError: bad input, before anything is trained; a loss that is not finite.
+        KeyboardInterrupt: passed on; the same call resumes.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read(recipe, overrides)
+    elif overrides:
+        raise UserError("overrides are for recipes that are read: change the Recipe instead")
+    out = Path(out or Path("runs") / recipe.name)
+    progress = progress or (lambda phase, done, total, text: None)
+    processes = Processes()
+    directory = RunDirectory(
+        out, _flat(recipe.to_mapping()), fresh, _CONTENTS, free=("data",), writes=processes.first
+    )
+    if directory.finished:
+        progress("report", 1, 1, f"finished before: {out} (--fresh starts over)")
+        return directory.report
+    progress("loading", 0, 1, "models and data")
+    made = prepare(recipe)
+    progress("loading", 1, 1, "models and data")
+    _same_data(directory, made)
+    if processes.first:
+        write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+    results = _stages(directory, made, processes, progress)
+    report = _report(made, processes, results)
+    if processes.first:
+        _save_students(directory, made)
+        write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
+    directory.finish(report)
+    processes.wait()
+    return report
+
+
+def _same_data(directory: RunDirectory, made: Prepared) -> None:
+    """What a resumed run trains on must be what it began with."""
+    now = {name: data.fingerprint for name, data in made.data.items()}
+    before = directory.phase("data", lambda: now)
+    for name in now:
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"data.{name} is not what the run in {directory.path} began with: restore it, or "
+                "start over with --fresh"
+            )
+
+
+def _stages(directory, made, processes, progress) -> dict[str, dict[str, Any]]:
+    helpers: dict = {}
+    results = {}
+    for number, stage in enumerate(made.recipe.enabled):
+        name = f"{number + 1:02d}-{stage.name}"
+        run = StageRun(
+            made,
+            stage,
+            number,
+            folder=directory.path / "stages" / name,
+            work=directory.work / name,
+            processes=processes,
+            helpers=helpers,
+        )
+        if name in directory.seconds():
+            run.restore()
+            progress(stage.name, 1, 1, "finished before")
+        found = directory.phase(name, lambda run=run: run.train(progress))
+        results[stage.name] = {"seconds": directory.seconds()[name], **found}
+    return results
+
+
+def _save_students(directory: RunDirectory, made: Prepared) -> None:
+    last = made.recipe.enabled[-1].student
+    for name in last:
+        path = directory.path / "student" if len(last) == 1 else directory.path / "students" / name
+        with atomic_directory(path) as folder:
+            made.models[name].save_pretrained(folder)
+            made.tokenizers[name].save_pretrained(folder)
+
+
+def _report(made: Prepared, processes: Processes, results: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = made.recipe
+    last = recipe.enabled[-1]
+    models = {name: made.models[name] for name in (*last.student, last.teacher) if name}
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "precision": recipe.precision,
+        "models": made.origins,
+        "parameters": {
+            name: sum(p.numel() for p in model.parameters()) for name, model in models.items()
+        },
+        "metrics": results[last.name]["metrics"],
+        "stages": dict(results),
+        "device": _device(processes),
+        "processes": processes.count,
+        "versions": {
+            "fastffn": fastffn.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _VERSIONS},
+        },
+    }
+
+
+def _device(processes: Processes) -> str:
+    if processes.device.type == "cuda":
+        return torch.cuda.get_device_name(processes.device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The recipe as dotted keys, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if not prefix and key in _HOW_NOT_WHAT:
+            continue
+        if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
+            value = {str(x.get("name", k)): x for k, x in enumerate(value)}
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
