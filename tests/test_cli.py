@@ -320,7 +320,7 @@ def test_distill_hands_over_a_checked_recipe(engine, tmp_path, capsys):
     assert options["out"] == tmp_path / "run" and options["fresh"] is True
     printed = capsys.readouterr().out
     assert "student: accuracy 0.9123, f1 0.5000" in printed
-    assert "student: 11.4M parameters, teacher: 22.7M parameters" in printed
+    assert "student: 11,400,000 parameters, teacher: 22,700,000 parameters" in printed
     assert f"{tmp_path / 'run'} has the student" in printed
 
 

@@ -222,6 +222,7 @@ WRONG = {  # what is replaced, by what, where the line of the mistake is, what i
         "data: tasks",
         "did you mean task? (known: general",
     ),
+    "unknown task": ("task: sst2", "task: sst", "task: sst", "data.task.task is sst: did you mean"),
     "unknown teacher": ("teacher: tuned", "teacher: tune", "teacher: tune", "did you mean tuned?"),
     "unknown parent": (
         "_of: teacher",
@@ -434,7 +435,7 @@ def test_theseus_trains_layers_alone_and_then_the_successor():
     assert first.replacing.schedule == "linear" and first.replacing.base == 0.3
     assert first.replacing.probability(first.replacing.steps or 50, 50) == 1
     assert second.replacing is None and (first.teacher, second.teacher) == ("teacher", None)
-    assert first.train == second.train == ("bert.encoder.layer",)
+    assert first.train == second.train == ("layers",)
 
 
 def test_ernie_tiny_changes_one_thing_at_a_time():

@@ -77,18 +77,17 @@ def _quoted(text: str) -> str:
 
 
 def _run(arguments: argparse.Namespace, name: str, overrides: list[str], suffix: str) -> int:
-    from fastffn.distill.recipe import read
-
-    recipe = read(name, overrides)
-    if arguments.out is None:
-        arguments.out = Path("runs") / f"{recipe.name}{suffix}"
     if not arguments.debug:
         from fastffn.quiet import quiet
 
         quiet()
     from fastffn import distill
+    from fastffn.distill.recipe import read
     from fastffn.progress import Progress
 
+    recipe = read(name, overrides)
+    if arguments.out is None:
+        arguments.out = Path("runs") / f"{recipe.name}{suffix}"
     with Progress() as progress:
         report = distill.run(recipe, out=arguments.out, fresh=arguments.fresh, progress=progress)
     print("\n".join(summary(report, arguments.out)))
@@ -102,7 +101,7 @@ def summary(report: Mapping[str, Any], out: Path) -> list[str]:
     for name, metrics in report["metrics"].items():
         values = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
         lines.append(f"{name}: {values}")
-    lines.append(", ".join(f"{name}: {size / 1e6:.1f}M parameters" for name, size in sizes.items()))
+    lines.append(", ".join(f"{name}: {size:,} parameters" for name, size in sizes.items()))
     lines.append(f"{out} has the student, the recipe as it was run, and report.json")
     return lines
 

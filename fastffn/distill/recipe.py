@@ -28,6 +28,7 @@ from fastffn.distill import recipe_checks, recipe_overrides, recipe_yaml
 from fastffn.distill.recipe_fields import RecipeError, build, choice, dotted
 from fastffn.distill.recipe_parts import (
     TOP_MODELS,
+    UNSET,
     DataSpec,
     Loss,
     ModelSpec,
@@ -42,7 +43,6 @@ from fastffn.errors import UserError
 __all__ = ["DataSpec", "Loss", "ModelSpec", "Recipe", "Schedule", "Stage", "read", "shipped"]
 
 _FOLDER = Path(__file__).with_name("recipes")
-_UNSET = "???"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")  # without dots: names are parts of an override's key
 _GIVE = {"load": "DIR", "text": "FILE", "task": "TASK", "dir": "DIR"}
 
@@ -197,7 +197,7 @@ def _check_set(values: dict[str, Any]) -> None:
         if isinstance(value, Mapping):
             for key, item in value.items():
                 walk(item, (*path, key))
-        elif value == _UNSET:
+        elif value == UNSET:
             last = model_name(path) is not None  # a bare text: what to load
             unset.append((*path, "load") if last else path)
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from fastffn.data.catalogue import TASKS
 from fastffn.distill.recipe_fields import RecipeError, choice
-from fastffn.distill.recipe_parts import DataSpec, ModelSpec, Stage, model_path
+from fastffn.distill.recipe_parts import UNSET, DataSpec, ModelSpec, Stage, model_path
 
 
 def check(
@@ -14,6 +15,9 @@ def check(
     Raises:
         RecipeError: the first thing that is wrong, with its path.
     """
+    for name, spec in data.items():
+        if isinstance(spec.task, str) and spec.task not in (*TASKS, UNSET):
+            raise RecipeError(("data", name, "task"), f"is {spec.task}: {choice(spec.task, TASKS)}")
     names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1:

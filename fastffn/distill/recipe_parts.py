@@ -6,6 +6,7 @@ from typing import Any, Literal
 from fastffn.distill.replacing import Schedule
 from fastffn.errors import UserError
 
+UNSET = "???"  # what the user must give
 TOP_MODELS = ("teacher", "student")  # models that have a key of their own
 SOURCES = ("load", "layers_of", "like", "efficientbert", "supernet")
 
@@ -152,8 +153,9 @@ class Stage:
         schedule: of the learning rate, after the warm-up.
         warmup, warmup_steps: a fraction of the stage, or steps: one of them; neither: 0.1.
         weight_decay, betas, eps, max_grad_norm: AdamW's, and the gradient's largest norm.
-        freeze: parameters whose names begin so are not trained.
-        train: parameters whose names begin so are trained, others are not; empty: all.
+        freeze: parts that are not trained: "layers", "layers.0", "embeddings", "head", or beginnings
+            of parameters' names.
+        train: parts that are trained, others are not; empty: all.
         replacing: the student's layers stand in for the teacher's by this schedule (Theseus).
         subnetworks: of a supernet: how many learn at a step, largest and smallest among them.
         projections: helper parameters at the start of the stage: kept from the one before, or new.
