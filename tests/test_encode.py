@@ -77,7 +77,7 @@ def test_batches_are_what_the_tokenizer_gives(tokenizer):
 
 
 def test_pairs_are_cut_where_they_are_longest(tokenizer):
-    examples = Examples(["a good good good film", "bad"], ["it is", "it was bad ."], [2.5, 0.25])
+    examples = Examples(["a good good good film", "bad"], ["it is", "it was " * 5], [2.5, 0.25])
     encoded = encode_task(tokenizer, examples, PAIR, 8, train=True)
     batch = encoded.batch([0, 1])
     wanted = tokenizer(
@@ -204,6 +204,8 @@ def test_long_sentences_are_cut_and_empty_ones_left_out(tokenizer):
         "[CLS] good good good good [SEP]",
         "[CLS] bad [SEP]",
     ]
+    full = [Document("one", ("good good", "bad bad", "bad"))]
+    assert encode_text(tokenizer, full, 6).lengths.tolist() == [6, 3]
     with pytest.raises(UserError, match="no text to encode"):
         encode_text(tokenizer, [Document("none", ())], 6)
     with pytest.raises(UserError, match="no room"):

@@ -120,6 +120,9 @@ def test_originals_of_cola_mrpc_stsb_and_rte(tmp_path):
     )
     data = load_task("rte", tmp_path)
     assert data.splits["train"].labels == [0, 1] and data.splits["validation"].labels == [0]
+    write(tmp_path / "RTE", val_tsv=[(1, "Sun.", "Rain.", "maybe")])
+    with pytest.raises(UserError, match=r"val\.tsv:1: label 'maybe'"):
+        load_task("rte", tmp_path)
     (tmp_path / "RTE" / "val.tsv").unlink()
     assert len(load_task("rte", tmp_path).splits["train"]) == 1
 
