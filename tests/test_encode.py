@@ -204,8 +204,8 @@ def test_long_sentences_are_cut_and_empty_ones_left_out(tokenizer):
         "[CLS] good good good good [SEP]",
         "[CLS] bad [SEP]",
     ]
-    full = [Document("one", ("good good", "bad bad", "bad"))]
-    assert encode_text(tokenizer, full, 6).lengths.tolist() == [6, 3]
+    full = [Document("one", ("good good", "bad bad") * 2 + ("bad",))]
+    assert encode_text(tokenizer, full, 6).lengths.tolist() == [6, 6, 3]
     with pytest.raises(UserError, match="no text to encode"):
         encode_text(tokenizer, [Document("none", ())], 6)
     with pytest.raises(UserError, match="no room"):

@@ -277,7 +277,8 @@ def test_the_best_span_over_all_windows_is_the_answer(tokenizer):
     examples = examples_of(("who", context, ["w70 w71 w72"]), ("who w90", context, ["w70 w71 w72"]))
     weak, strong = (*ids(tokenizer, "w5", "w6"), 1.0), (*ids(tokenizer, "w70", "w72"), 2.0)
     tempting = (*ids(tokenizer, "who", "who"), 9.0)  # the question's own word is no answer
-    for reader in (Reader([weak, strong]), Reader([strong, tempting])):
+    dull = [(word, word, -3.0) for word in ids(tokenizer, *WORDS)]  # less than all around
+    for reader in (Reader([weak, strong]), Reader([strong, tempting]), Reader([*dull, strong])):
         assert scored(tokenizer, examples, reader) == {"f1": 1.0, "exact_match": 1.0}
     swapped = (*ids(tokenizer, "w72", "w70"), 5.0)  # it would end before it begins
     assert scored(tokenizer, examples, Reader([weak, swapped]))["exact_match"] == 0
