@@ -299,6 +299,12 @@ def test_a_mistake_names_key_and_line(case, written, tmp_path):
         ("stages.gd.teacher=null", "is null, and the loss relations needs one"),
         ("stages.gd.cache=yes", "is 'yes': expected true or false"),
         ("stages.gd.losses=null", "losses are missing"),
+        ("stages.gd.name=x", "is 'x': a stage keeps its name"),
+        ("stages.gd=5", "stages.gd is 5: expected a mapping"),
+        ("stages=[]", "stages go by their names"),
+        ("stages.gd.losses.hidden={kind: [x]}", "kind is ['x']: (known: "),
+        ("student={efficientbert: {from: [teacher]}}", "is no name of a model"),
+        ("seed=1e999", "expected a whole number"),
         ("nonsense", "give key.sub=value"),
         ("=3", "give key.sub=value"),
     ],
@@ -330,6 +336,7 @@ def test_a_teacher_must_have_been_trained(written):
 def test_something_must_run(written):
     off = ["stages.gd.enabled=false", "stages.tsd.enabled=false"]
     assert "all switched off" in said(written, "teacher=DIR", *off)
+    assert "all switched off" in said(written, "teacher=DIR", "stages.gd=null", off[1])
     assert "stages are missing" in said(Recipe.from_mapping, {"data": {}})
     assert "is no mapping" in said(written, text="- a")
     assert "is no mapping" in said(written, text="")

@@ -274,6 +274,7 @@ def _built(values: dict[str, Any], name: str) -> Recipe:
     stages = tuple(
         _stage(stage, ("stages", key), "teacher" in models)
         for key, stage in values["stages"].items()
+        if stage is not None
     )
     rest = {key: item for key, item in values.items() if key in keys}
     rest = {"name": re.sub(r"[^A-Za-z0-9_-]+", "-", name)} | rest
@@ -289,6 +290,11 @@ def _named(name: str, path: tuple) -> tuple:
 
 
 def _stage(values: dict[str, Any], path: tuple, has_teacher: bool) -> Stage:
+    if not isinstance(values, Mapping):
+        raise RecipeError(path, f"is {values!r}: expected a mapping, keys with values")
+    values = {"name": path[-1]} | dict(values)
+    if values["name"] != path[-1]:
+        raise RecipeError((*path, "name"), f"is {values['name']!r}: a stage keeps its name")
     listed = values.pop("losses", None) or {}
     if not isinstance(listed, Mapping):
         raise RecipeError((*path, "losses"), f"is {listed!r}: expected a mapping, names to options")
@@ -310,7 +316,7 @@ def _loss(name: str, path: tuple, values: Any) -> Loss:
         raise RecipeError(path, f"is {values!r}: expected options or a number, the weight")
     options = dict(values)
     kind = options.pop("kind", name)
-    if kind not in TERMS:
+    if not isinstance(kind, str) or kind not in TERMS:
         at = (*path, "kind") if "kind" in values else path
         what = f"is {kind!r}: " if "kind" in values else "is unknown: "
         raise RecipeError(at, f"{what}{choice(kind, TERMS)}")

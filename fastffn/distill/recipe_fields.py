@@ -132,7 +132,8 @@ def _tuple(arguments: tuple, value: Any, path: tuple) -> tuple:
 
 def _plain(hint: Any, value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and number and math.isfinite(value):
+    number = number and math.isfinite(value)
+    if hint is float and number:
         return float(value)
     if hint is int and number and value == round(value):  # 1e5 steps are a float to YAML
         return int(value)

@@ -7,7 +7,7 @@ such key exists the check of the whole names the override.
 from collections.abc import Mapping
 from typing import Any
 
-from fastffn.distill.recipe_fields import RecipeError, choice, dotted
+from fastffn.distill.recipe_fields import choice, dotted
 from fastffn.distill.recipe_parts import model_name
 from fastffn.distill.recipe_yaml import Places, parse
 from fastffn.errors import UserError
@@ -27,13 +27,14 @@ def apply(values: dict[str, Any], places: Places, text: str) -> None:
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise UserError(f"override {text!r} is none: give key.sub=value")
+    if path == ("stages",):
+        raise UserError(f"{text}: stages go by their names: give stages.NAME.KEY=VALUE")
     value, _ = parse(written, text, with_lines=False)
+    if path[0] == "stages" and path[1] not in values["stages"]:
+        raise UserError(f"{text}: stages.{path[1]} is unknown: {choice(path[1], values['stages'])}")
     node = values
     for index, name in enumerate(path[:-1]):
         here = path[: index + 1]
-        if index == 1 and path[0] == "stages" and name not in node:
-            places.put(here, text)
-            raise RecipeError(here, f"is unknown: {choice(name, node)}")
         if node.get(name) is None:
             node[name] = {}
             places.put(here, text)

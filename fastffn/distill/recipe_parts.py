@@ -55,6 +55,9 @@ class ModelSpec:
         if len(given) != 1:
             has = " and ".join(given) if given else "nothing"
             raise UserError(f"{has} given: a model has exactly one of {', '.join(SOURCES)}")
+        options = (self.efficientbert or {}) | (self.supernet or {})
+        if not isinstance(options.get("from", ""), str):
+            raise UserError(f"{given[0]}: from {options['from']!r} is no name of a model")
         layers, indices = self.layers, isinstance(self.layers, tuple)
         if (self.layers_of is not None) != (layers is not None):
             raise UserError("layers: which ones, or how many, belongs to layers_of, and only there")
@@ -153,8 +156,8 @@ class Stage:
         schedule: of the learning rate, after the warm-up.
         warmup, warmup_steps: a fraction of the stage, or steps: one of them; neither: 0.1.
         weight_decay, betas, eps, max_grad_norm: AdamW's, and the gradient's largest norm.
-        freeze: parts that are not trained: "layers", "layers.0", "embeddings", "head", or beginnings
-            of parameters' names.
+        freeze: parts that are not trained: "layers", "layers.0", "embeddings", "head", or how
+            parameters' names begin.
         train: parts that are trained, others are not; empty: all.
         replacing: the student's layers stand in for the teacher's by this schedule (Theseus).
         subnetworks: of a supernet: how many learn at a step, largest and smallest among them.
