@@ -1,4 +1,4 @@
-"""The shipped recipes: what they need, that they say what the papers say, that they are installed."""
+"""The shipped recipes: what they need, that they say what papers say, that they are installed."""
 
 import itertools
 import subprocess
