@@ -5,7 +5,8 @@
 
 Each cell is one or two runs of shipped recipes in a directory of its own. The same command again
 goes on with what is missing; a cell that was interrupted goes on where it was. `table.md` and
-`quality.json` are written anew after each cell.
+`quality.json` are written anew after each cell, of all cells that are there: several processes may
+share an --out, each with tasks of its own.
 
     teacher         all-MiniLM-L6-v2 (or --teacher), fine-tuned on the task; for Chinese a small
                     BERT of random weights and the published vocabulary, trained on the task
@@ -19,11 +20,13 @@ TASKS says, in batches of 32. General stages take budget times GENERAL sequences
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +92,7 @@ class Bench:
         """Runs a shipped recipe, or takes its finished report."""
 
         def progress(phase: str, done: float, total: float, text: str) -> None:
-            if done == total:
+            if done == total and phase not in ("loading", "report"):
                 print(f"    {phase}: {total:g} steps {text}", flush=True)
 
         overrides = [f"seed={seed}", f"precision={self.precision}", *overrides]
@@ -147,7 +150,8 @@ class Bench:
         language = TASKS[task].vocabulary or "en"
         folder = self.out / "general" / recipe / language / f"seed{seed}"
         given = [*self.of_text(task), *self.steps(stage, GENERAL, "3e-4"), *extra]
-        self.recipe(recipe, folder, given, seed)
+        with _alone(folder):
+            self.recipe(recipe, folder, given, seed)
         return str(folder / "student")
 
     # -- methods ---------------------------------------------------------------------------------
@@ -236,13 +240,12 @@ class Bench:
         layers = self.half(task)
         genes = json.dumps(["2x1 down(gelu_erf(up(x)))"] * len(layers))
         options = f"from: pretrained, genes: {genes}, layers: {layers}, ffn_base: 1"
-        given = [f"models.pretrained={self.pretrained(task)}", "models.supernet=null"]
+        given = [f"models.pretrained={self.pretrained(task)}"]
         given += [f"student={{efficientbert: {{{options}}}}}", "stages.warmup.enabled=false"]
         general = [*given, "stages.task.enabled=false"]
         student = self.general("efficientbert", "general", task, seed, general)
         given = [f"student={student}", f"models.finetuned={finetuned}", *self.of_task(task)]
-        given += ["models.supernet=null", "stages.warmup.enabled=false"]
-        given += ["stages.general.enabled=false"]
+        given += ["stages.warmup.enabled=false", "stages.general.enabled=false"]
         given += self.steps("task", TASKS[task].examples, "2e-4")
         return self.recipe("efficientbert", folder, given, seed)
 
@@ -272,6 +275,15 @@ class Bench:
         return path
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 # -- the table -----------------------------------------------------------------------------------
 
 
@@ -291,25 +303,39 @@ def main() -> None:
     bench = Bench(
         options.data, options.text, options.out, options.teacher, options.budget, options.precision
     )
-    found: dict = {"conditions": _conditions(options), "teachers": {}, "cells": []}
+    conditions = _conditions(options)
     for seed in options.seeds:
         for task in options.tasks:
-            print(f"{task}: teacher", flush=True)
-            report = bench.finetuned(task)[1]
-            found["teachers"][task] = report["metrics"]["student"]
             for method in options.methods:
                 print(f"{task}: {method}, seed {seed}", flush=True)
-                start = time.monotonic()
-                report = bench.cell(task, method, seed)
-                (metrics,) = report["metrics"].values()
-                cell = {"task": task, "method": method, "seed": seed, "metrics": metrics}
-                cell |= {"parameters": report["parameters"], "versions": report["versions"]}
-                cell["seconds"] = {k: s["seconds"] for k, s in report["stages"].items()}
-                cell["seconds_here"] = round(time.monotonic() - start, 1)
-                found["cells"].append(cell)
+                bench.cell(task, method, seed)
+                found = {"conditions": conditions, **collected(options.out)}
                 write_text_atomic(options.out / "quality.json", json.dumps(found, indent=1) + "\n")
                 write_text_atomic(options.out / "table.md", table(found))
     print(table(found))
+
+
+def collected(out: Path) -> dict:
+    """What the finished cells of a folder found."""
+
+    def report(path: Path) -> dict:
+        return json.loads((path / "report.json").read_text(encoding="utf-8"))
+
+    found: dict = {"teachers": {}, "cells": []}
+    for task in TASKS:
+        if not (out / "teachers" / task / "report.json").exists():
+            continue
+        (found["teachers"][task],) = report(out / "teachers" / task)["metrics"].values()
+        for method in METHODS:
+            for path in sorted((out / "cells" / task / method).glob("seed*/report.json")):
+                cell = report(path.parent)
+                (metrics,) = cell["metrics"].values()
+                seconds = {stage: x["seconds"] for stage, x in cell["stages"].items()}
+                found["cells"].append(
+                    {"task": task, "method": method, "seed": cell["seed"], "metrics": metrics}
+                    | {"parameters": cell["parameters"], "seconds": seconds}
+                )
+    return found
 
 
 def _conditions(options) -> dict:
@@ -349,7 +375,7 @@ def table(found: dict) -> str:
         for method, values in scores.items():
             mean = statistics.mean(values)
             spread = f"{100 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
-            kept = f"{100 * mean / best:.1f} %"
+            kept = f"{100 * mean / best:.1f} %" if best > 0 else ""
             gain = "" if plain is None else f"{100 * (mean - plain):+.1f}"
             lines.append(
                 f"| | {method} | {len(values)} | {100 * mean:.1f} | {spread} | {kept} | {gain} |"
