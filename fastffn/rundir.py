@@ -10,6 +10,7 @@ checkpoints). Directories of weights are written beside their place and renamed.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -17,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastffn.errors import UserError
 from fastffn.files import make_ordinary, write_text_atomic
 
 _FORMAT = 1
 _STATE = "state.json"
+_LOCK = ".lock"
 
 
 class RunDirectory:
@@ -47,7 +49,8 @@ class RunDirectory:
         resumed: whether an earlier run left something to continue.
 
     Raises:
-        UserError: it cannot be written, holds something else, or a run with other options.
+        UserError: it cannot be written, holds something else, or a run with other options; another
+            process works in it (told when the first result is kept, too).
     """
 
     def __init__(
@@ -71,6 +74,9 @@ class RunDirectory:
         if found is not None and not _same_options(found, dict(options), self.path, free):
             found = None
         self.resumed = found is not None
+        self._lock: TextIO | None = None
+        if self.resumed and writes and "report" not in found:
+            self._take()
         self._state = found or {
             "format": _FORMAT,
             "options": dict(options),
@@ -135,6 +141,7 @@ class RunDirectory:
         self._write()
         if not self._writes:
             return
+        (self.path / _LOCK).unlink(missing_ok=True)
         for path in self.work.iterdir() if self.work.is_dir() else ():
             if path.name not in keep:
                 shutil.rmtree(path)
@@ -168,9 +175,22 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
         (self.path / _STATE).unlink()
 
+    def _take(self) -> None:
+        """Keeps other processes out until this one ends; a lock dies with its process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / _LOCK).open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process works in {self.path}: wait for it, or choose another directory"
+            ) from None
+
     def _write(self) -> None:
         if not self._writes:
             return
+        if self._lock is None:
+            self._take()
         if self._stale:
             self._clear()
             self._stale = False

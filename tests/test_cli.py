@@ -305,6 +305,14 @@ def engine(monkeypatch):
         return {
             "metrics": {"student": {"accuracy": 0.91234, "f1": 0.5}},
             "parameters": {"student": 11_400_000, "teacher": 22_700_000},
+            "stages": {
+                "general": {
+                    "steps": 200,
+                    "seconds": 61.2,
+                    "seconds_by_part": {"teacher": 30.0, "student": 10.0},
+                    "frozen": ["student.a", "student.b", "student.c"],
+                }
+            },
         }
 
     monkeypatch.setattr(fastffn.distill, "run", run, raising=False)
@@ -321,6 +329,8 @@ def test_distill_hands_over_a_checked_recipe(engine, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "student: accuracy 0.9123, f1 0.5000" in printed
     assert "student: 11,400,000 parameters, teacher: 22,700,000 parameters" in printed
+    assert "stage general: 200 steps in 61 s: teacher 75%, student 25%" in printed
+    assert "left as they were: student.a, student.b and 1 more" in printed
     assert f"{tmp_path / 'run'} has the student" in printed
 
 

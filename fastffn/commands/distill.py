@@ -82,14 +82,19 @@ def _run(arguments: argparse.Namespace, name: str, overrides: list[str], suffix:
 
         quiet()
     from fastffn import distill
+    from fastffn.distill.processes import is_first
     from fastffn.distill.recipe import read
     from fastffn.progress import Progress
 
     recipe = read(name, overrides)
     if arguments.out is None:
         arguments.out = Path("runs") / f"{recipe.name}{suffix}"
+    options = {"out": arguments.out, "fresh": arguments.fresh}
+    if not is_first():  # one of several processes speaks
+        distill.run(recipe, **options)
+        return 0
     with Progress() as progress:
-        report = distill.run(recipe, out=arguments.out, fresh=arguments.fresh, progress=progress)
+        report = distill.run(recipe, progress=progress, **options)
     print("\n".join(summary(report, arguments.out)))
     return 0
 
@@ -97,12 +102,27 @@ def _run(arguments: argparse.Namespace, name: str, overrides: list[str], suffix:
 def summary(report: Mapping[str, Any], out: Path) -> list[str]:
     """What a run has found, in lines."""
     sizes = report["parameters"]
-    lines = []
+    lines = [line for name, stage in report["stages"].items() for line in _of_stage(name, stage)]
     for name, metrics in report["metrics"].items():
         values = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
         lines.append(f"{name}: {values}")
     lines.append(", ".join(f"{name}: {size:,} parameters" for name, size in sizes.items()))
     lines.append(f"{out} has the student, the recipe as it was run, and report.json")
+    return lines
+
+
+def _of_stage(name: str, stage: Mapping[str, Any]) -> list[str]:
+    """How long a step took, part by part, and what did not learn."""
+    parts = stage["seconds_by_part"]
+    total = sum(parts.values())
+    lines = []
+    if total > 0:
+        shares = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in parts.items())
+        lines.append(f"stage {name}: {stage['steps']} steps in {stage['seconds']:.0f} s: {shares}")
+    if frozen := stage["frozen"]:
+        more = f" and {len(frozen) - 2} more" if len(frozen) > 2 else ""
+        named = ", ".join(frozen[:2]) + more
+        lines.append(f"stage {name}: not reached by its losses, so left as they were: {named}")
     return lines
 
 

@@ -55,7 +55,7 @@ def last_checkpoint(directory: str | Path) -> Path | None:
     for path in sorted(Path(directory).glob("checkpoint-*"), key=_step, reverse=True):
         if not (wrong := damage(path)):
             return path
-        logger.warning("%s is damaged (%s): the one before it is used", path, wrong)
+        logger.error("%s is not used (%s): the checkpoint before it is", path, wrong)
     return None
 
 

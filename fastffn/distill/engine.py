@@ -122,6 +122,7 @@ def _stages(directory, made, processes, progress) -> dict[str, dict[str, Any]]:
             processes=processes,
             helpers=helpers,
         )
+        made.rebuild(number)
         if name in directory.seconds():
             run.restore()
             progress(stage.name, 1, 1, "finished before")

@@ -67,6 +67,7 @@ class Prepared:
         tokenizers: of the models.
         origins: where models that were loaded came from.
         fresh: parameters of loaded models that are random: heads that their files lack.
+        heads: that the models have; none for those that are not named.
         data: what the enabled stages train on.
     """
 
@@ -75,7 +76,23 @@ class Prepared:
     tokenizers: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     fresh: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    heads: dict[str, Head] = field(default_factory=dict)
     data: dict[str, Data] = field(default_factory=dict)
+
+    def rebuild(self, number: int) -> None:
+        """Makes those models of a stage anew whose origins an earlier stage has trained."""
+        stages = self.recipe.enabled
+        trained = {name for stage in stages[:number] for name in stage.student}
+        used = {*stages[number].student, stages[number].teacher} - {None}
+        used |= {origin for name in used for origin in _origins(self.recipe, name)}
+        for name in _order(self.recipe):
+            if name in used and name not in trained and trained & set(_origins(self.recipe, name)):
+                self.build(name)
+
+    def build(self, name: str) -> None:
+        """Makes a model from those that are there."""
+        spec, head = self.recipe.models[name], self.heads.get(name, _NO_HEAD)
+        self.models[name] = build_student(spec, self.models, head, self.recipe.seed)
 
     def steps(self, stage: Stage) -> int:
         """Optimiser steps of a stage."""
@@ -130,9 +147,9 @@ def prepare(recipe: Recipe) -> Prepared:
     made = Prepared(recipe)
     stages = recipe.enabled
     tasks = _tasks(recipe)
-    heads = _heads(recipe, tasks)
+    made.heads = _heads(recipe, tasks)
     for name in _order(recipe):
-        _make(made, name, heads.get(name, _NO_HEAD))
+        _make(made, name)
     for stage in stages:
         names = [*stage.student, *([stage.teacher] if stage.teacher else [])]
         _check_tokenizers(made, stage, names)
@@ -172,7 +189,7 @@ def _heads(recipe: Recipe, tasks: Mapping[str, TaskData]) -> dict[str, Head]:
         if stage.data not in tasks:
             continue
         task = tasks[stage.data].task
-        head = Head(task.kind, task.labels if task.kind == "classification" else ())
+        head = Head(task.kind, task.labels or ())
         for name in {*stage.student, stage.teacher} - {None}:
             if heads.setdefault(name, head) != head:
                 raise UserError(
@@ -205,17 +222,24 @@ def _order(recipe: Recipe) -> list[str]:
     return order
 
 
-def _make(made: Prepared, name: str, head: Head) -> None:
-    spec = made.recipe.models[name]
-    seed = made.recipe.seed
+def _origins(recipe: Recipe, name: str) -> list[str]:
+    """What a model is made from, and what that is made from, and so on."""
+    found = []
+    while (name := recipe.models[name].parent) is not None:
+        found.append(name)
+    return found
+
+
+def _make(made: Prepared, name: str) -> None:
+    spec, head = made.recipe.models[name], made.heads.get(name, _NO_HEAD)
     with _naming(f"models.{name}" if name not in ("teacher", "student") else name):
         if spec.load is not None:
             role = "student" if any(name in s.student for s in made.recipe.enabled) else "teacher"
-            loaded = load_model(spec.load, head, spec.dtype, role, seed)
+            loaded = load_model(spec.load, head, spec.dtype, role, made.recipe.seed)
             made.models[name], made.tokenizers[name] = loaded.model, loaded.tokenizer
             made.origins[name], made.fresh[name] = loaded.origin, loaded.fresh
             return
-        made.models[name] = build_student(spec, made.models, head, seed)
+        made.build(name)
         tokenizer = made.tokenizers.get(spec.parent) or next(iter(made.tokenizers.values()), None)
         if tokenizer is None:
             raise UserError("has no tokenizer: make it from a model that is loaded")

@@ -101,6 +101,8 @@ class StageRun:
                 trainer.add_callback(callback)
             trainer.run(self.work)
         module.eval().to("cpu")
+        if stage.teacher is not None:
+            made.models[stage.teacher].to("cpu")
         self._keep(module)
         if self.processes.first:
             with atomic_directory(self.folder) as folder:
