@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 import transformers
 
-_WORDS = [f"{a}{b}" for a in ("ba", "do", "ki", "lu", "me", "no") for b in ("ra", "ti", "su", "vo")]
+WORDS = [f"{a}{b}" for a in ("ba", "do", "ki", "lu", "me", "no") for b in ("ra", "ti", "su", "vo")]
 
 
 def save_teacher(directory: Path, **sizes) -> Path:
     """A BERT with 4 layers of 24, saved with its tokenizer."""
     directory.mkdir()
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *_WORDS]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
     (directory / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     values = {
         "vocab_size": len(vocabulary),
@@ -37,7 +37,7 @@ def write_text(path: Path, sentences: int = 300) -> Path:
     """Random sentences of 4 to 12 words, in paragraphs of five."""
     rng = random.Random(0)
     lines = [
-        " ".join(rng.choices(_WORDS, k=rng.randint(4, 12))).capitalize() + "."
+        " ".join(rng.choices(WORDS, k=rng.randint(4, 12))).capitalize() + "."
         for _ in range(sentences)
     ]
     paragraphs = [" ".join(lines[k : k + 5]) for k in range(0, len(lines), 5)]

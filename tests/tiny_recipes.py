@@ -1,0 +1,268 @@
+"""Recipes on a tiny random teacher and a little task, and processes that run them and may die.
+
+A run takes a second or two. Processes are forked from a server that has imported everything, so
+that starting one costs next to nothing.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_teacher import WORDS, save_teacher, write_text
+
+from fastffn.distill.recipe import Recipe, read
+
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(
+    ["fastffn.distill.engine", "torch.utils.tensorboard", "sklearn.metrics"]
+)
+LABELS = ("low", "high")
+TRAIN, VALIDATION = 30, 12  # three whole batches of 8 and a rest
+
+
+class Files:
+    """A folder with models, a task for each kind, and text.
+
+    Attributes:
+        teacher: a BERT of 4 layers of 24 without a head.
+        classifier, regressor, reader: the same with a random head for a task.
+        text: sentences.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True)
+        self.teacher = save_teacher(folder / "teacher")
+        self.text = write_text(folder / "text.txt")
+        self.classifier = self.with_head("SequenceClassification", id2label=dict(enumerate(LABELS)))
+        self.regressor = self.with_head(
+            "SequenceClassification", num_labels=1, problem_type="regression"
+        )
+        self.reader = self.with_head("QuestionAnswering")
+        rng = random.Random(7)
+        for split, rows in (("train", TRAIN), ("validation", VALIDATION)):
+            lines = [_row(rng) for _ in range(rows)]
+            text = "\n".join(["sentence\tlabel\tscore", *lines])
+            (folder / f"{split}.tsv").write_text(text + "\n", encoding="utf-8")
+            squad = json.dumps(_squad(rng, rows // 4))
+            (folder / f"{split}.json").write_text(squad, encoding="utf-8")
+
+    def with_head(self, kind: str, **config) -> Path:
+        path = self.folder / f"{kind}-{'-'.join(config)}"
+        torch.manual_seed(3)
+        model = getattr(transformers, f"BertFor{kind}").from_pretrained(self.teacher, **config)
+        model.save_pretrained(path)
+        transformers.AutoTokenizer.from_pretrained(self.teacher).save_pretrained(path)
+        return path
+
+    def task(self, kind: str = "classification", **changes) -> dict:
+        """The data part of a recipe: a task of one's own."""
+        values = {
+            "classification": {"texts": "sentence", "label": "label", "labels": [*LABELS]},
+            "regression": {"texts": "sentence", "label": "score", "range": [0, 5]},
+            "qa": {},
+        }[kind]
+        end = "json" if kind == "qa" else "tsv"
+        files = {split: str(self.folder / f"{split}.{end}") for split in ("train", "validation")}
+        return {
+            "task": {"name": "tiny", "kind": kind, **values, **files} | changes,
+            "max_length": 24,
+        }
+
+
+def _row(rng: random.Random) -> str:
+    words = rng.choices(WORDS, k=rng.randint(2, 14))
+    place = WORDS.index(words[0]) / len(WORDS)
+    return f"{' '.join(words)}\t{LABELS[place >= 0.5]}\t{place * 5:.2f}"
+
+
+def _squad(rng: random.Random, articles: int) -> dict:
+    data = []
+    for article in range(articles):
+        words = rng.choices(WORDS, k=rng.randint(8, 24))
+        context = " ".join(words)
+        questions = []
+        for number in range(2):
+            first = rng.randrange(len(words) - 2)
+            answer = " ".join(words[first : first + 2])
+            start = len(" ".join([*words[:first], ""]))
+            questions.append(
+                {
+                    "id": f"{article}-{number}",
+                    "question": " ".join(rng.choices(WORDS, k=3)),
+                    "answers": [{"text": answer, "answer_start": start}],
+                }
+            )
+        data.append({"title": str(article), "paragraphs": [{"context": context, "qas": questions}]})
+    return {"version": "1.1", "data": data}
+
+
+# -- recipes -------------------------------------------------------------------------------------
+
+
+def recipe(stages: list[dict], models: dict, data: dict, **more) -> Recipe:
+    """A recipe of a checkpoint after every step; stages of 6 steps of 8 examples."""
+    common = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3}
+    values = {"name": "tiny", "checkpoint_seconds": 1e-6, "data": data}
+    values["stages"] = [common | stage for stage in stages]
+    top = {name: models[name] for name in ("teacher", "student") if name in models}
+    rest = {name: spec for name, spec in models.items() if name not in top}
+    return Recipe.from_mapping(values | top | {"models": rest} | more)
+
+
+def two_stages(files: Files, **more) -> Recipe:
+    """Relations and hidden states with projections, on text, then on a task with its labels."""
+    losses = {"relations": {"relation_heads": 8}, "hidden": {"embeddings": True}}
+    student = {"like": "teacher", "config": {"num_hidden_layers": 2, "hidden_size": 16}}
+    return recipe(
+        [
+            {"name": "general", "data": "general", "losses": losses},
+            {"name": "task", "data": "task", "losses": losses | {"hard_labels": {}}},
+        ],
+        {"teacher": str(files.classifier), "student": student},
+        {"general": {"text": str(files.text), "max_length": 24}, "task": files.task()},
+        **more,
+    )
+
+
+def theseus(files: Files, *overrides: str, **more: str) -> Recipe:
+    """The shipped recipe on the tiny task."""
+    shortened = [
+        f"stages.{name}.{key}={value}"
+        for name in ("replacing", "successor")
+        for key, value in (("steps", 6), ("batch_size", 8), ("learning_rate", 1e-3))
+    ]
+    kind = more.get("kind", "classification")
+    data = files.task(kind)
+    given = {
+        "teacher.load": more.get("teacher", files.classifier),
+        "student.layers": 2,
+        "data.task.task": json.dumps(data["task"]),
+        "data.task.max_length": data["max_length"],
+        "checkpoint_seconds": 0.000001,
+    }
+    given = [f"{key}={value}" for key, value in given.items()]
+    return read("theseus", [*given, *shortened, *overrides])
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def student(out: Path) -> dict[str, torch.Tensor]:
+    """The weights of a finished run's student."""
+    return load_file(out / "student" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two models' weights are the same bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Stopped(Exception):
+    """Raised by `stop_at`."""
+
+
+def stop_at(stage: str, step: int):
+    """A `progress` that ends a run at the end of a step."""
+
+    def progress(phase: str, done: float, total: float, text: str) -> None:
+        if (phase, done) == (stage, step):
+            raise Stopped
+
+    return progress
+
+
+def spawn(what: Recipe, out: Path, die_at: int | float | None = None, processes: int = 1) -> int:
+    """Runs a recipe in processes of its own.
+
+    Args:
+        die_at: an integer: kill -9 before the run touches a file of `out` for that time; a float:
+            after so many seconds of training. With several processes the first dies, the others
+            are killed then.
+
+    Returns:
+        The exit status of the first; -9 if it was killed. What it said is in `out`.log, when it
+        touched which file in `out`.touched, see `touched`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        distributed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in distributed.items()}
+        arguments = (what.to_yaml(), out, environment if processes > 1 else {}, die_at)
+        started.append(_FORK.Process(target=_run, args=arguments))
+        started[-1].start()
+    started[0].join(120)
+    for process in started:
+        if started[0].exitcode == 0:
+            process.join(60)
+        process.kill()
+        process.join()
+    return started[0].exitcode
+
+
+def said(out: Path) -> str:
+    """What the processes of a run have said."""
+    return Path(f"{out}.log").read_text(encoding="utf-8")
+
+
+def touched(out: Path) -> list[tuple[str, str]]:
+    """(event, path within `out`) in order, of the last run that came to its end."""
+    return [tuple(entry) for entry in json.loads(Path(f"{out}.touched").read_text())]
+
+
+def _run(text: str, out: Path, environment: dict[str, str], die_at: int | float | None) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    first = environment.get("RANK", "0") == "0"
+    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    touched = _Touched(out, die_at if first and isinstance(die_at, int) else None)
+    sys.addaudithook(touched)
+    from fastffn.distill import run
+
+    def progress(phase: str, done: float, total: float, text: str) -> None:
+        if first and isinstance(die_at, float) and not alarm and text:
+            alarm.append(threading.Timer(die_at, os.kill, (os.getpid(), signal.SIGKILL)))
+            alarm[0].start()
+
+    alarm: list[threading.Timer] = []
+    (yaml := Path(f"{out}-{os.getpid()}.yaml")).write_text(text, encoding="utf-8")
+    run(yaml, out, progress=progress)
+    yaml.unlink()
+    if first:
+        Path(f"{out}.touched").write_text(json.dumps(touched.seen))
+    if alarm:
+        alarm[0].cancel()
+
+
+class _Touched:
+    """An audit hook that notes what happens to files of a folder, and may kill the process."""
+
+    def __init__(self, folder: Path, die_at: int | None):
+        self.folder, self.die_at, self.seen = f"{folder}{os.sep}", die_at, []
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+            return
+        path = str(arguments[event == "os.rename"])  # onto which, not from which
+        if not path.startswith(self.folder):
+            return
+        if len(self.seen) == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        self.seen.append((event, path.removeprefix(self.folder)))
