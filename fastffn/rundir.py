@@ -152,7 +152,10 @@ class RunDirectory:
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if not self.path.is_dir() or next(self.path.iterdir(), None) is None:
+            # A process that was killed at its first write leaves a lock and a temporary file.
+            own = (_LOCK, f".{_STATE}.")
+            others = self.path.iterdir() if self.path.is_dir() else ()
+            if all(path.name.startswith(own) for path in others):
                 return None
             raise UserError(
                 f"{self.path} is not empty and holds no run of fastffn: choose another directory"
