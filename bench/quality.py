@@ -86,6 +86,11 @@ class Bench:
     budget: float
     precision: str
 
+    def teach(self, folder: str) -> str:
+        """A teacher that only runs forward: in half precision if the students are."""
+        dtype = "bfloat16" if self.precision == "bf16" else "float32"
+        return f"{{load: {folder}, dtype: {dtype}}}"
+
     # -- one run of a recipe ---------------------------------------------------------------------
 
     def recipe(self, name: str, folder: Path, overrides: Sequence[str], seed: int) -> dict:
@@ -175,7 +180,8 @@ class Bench:
         return self._tune(given, task, seed, folder)
 
     def _soft(self, task, method, seed, folder, finetuned) -> dict:
-        given = [f"teacher={finetuned}", self.student("teacher", task), *self.of_task(task)]
+        given = [f"teacher={self.teach(finetuned)}", self.student("teacher", task)]
+        given += self.of_task(task)
         given += self.steps("task", TASKS[task].examples, "1e-4")
         return self.recipe("soft-label", folder, given, seed)
 
@@ -199,19 +205,20 @@ class Bench:
         return self._relations("minilmv2", given, task, seed, folder)
 
     def _relations(self, recipe, given, task, seed, folder) -> dict:
-        given = [f"teacher={self.pretrained(task)}", self.student("teacher", task), *given]
+        teacher = f"teacher={self.teach(self.pretrained(task))}"
+        given = [teacher, self.student("teacher", task), *given]
         student = self.general(recipe, "general", task, seed, given)
         return self._tune([f"student={student}"], task, seed, folder)
 
     def _latent(self, task: str, seed: int) -> str:
         """TinyBERT's general distillation, which is ERNIE-Tiny's first stage too."""
-        pretrained = self.pretrained(task)
+        pretrained = self.teach(self.pretrained(task))
         given = [f"models.pretrained={pretrained}", self.student("pretrained", task)]
         given += ["stages.intermediate.enabled=false", "stages.prediction.enabled=false"]
         return self.general("tinybert", "general", task, seed, given)
 
     def _tinybert(self, task, method, seed, folder, finetuned) -> dict:
-        given = [f"student={self._latent(task, seed)}", f"models.finetuned={finetuned}"]
+        given = [f"student={self._latent(task, seed)}", f"models.finetuned={self.teach(finetuned)}"]
         given += ["stages.general.enabled=false", *self.of_task(task)]
         examples = TASKS[task].examples
         given += self.steps("intermediate", examples / 2, "3e-4")
@@ -220,7 +227,11 @@ class Bench:
 
     def _ernie(self, task, method, seed, folder, finetuned) -> dict:
         stages = ABLATION[method]
-        given = [f"models.finetuned={finetuned}", *self.of_task(task), *self.of_text(task)]
+        given = [
+            f"models.finetuned={self.teach(finetuned)}",
+            *self.of_task(task),
+            *self.of_text(task),
+        ]
         if "gd" in stages:
             given.append(f"student={self._latent(task, seed)}")
         else:
@@ -240,11 +251,15 @@ class Bench:
         layers = self.half(task)
         genes = json.dumps(["2x1 down(gelu_erf(up(x)))"] * len(layers))
         options = f"from: pretrained, genes: {genes}, layers: {layers}, ffn_base: 1"
-        given = [f"models.pretrained={self.pretrained(task)}"]
+        given = [f"models.pretrained={self.teach(self.pretrained(task))}"]
         given += [f"student={{efficientbert: {{{options}}}}}", "stages.warmup.enabled=false"]
         general = [*given, "stages.task.enabled=false"]
         student = self.general("efficientbert", "general", task, seed, general)
-        given = [f"student={student}", f"models.finetuned={finetuned}", *self.of_task(task)]
+        given = [
+            f"student={student}",
+            f"models.finetuned={self.teach(finetuned)}",
+            *self.of_task(task),
+        ]
         given += ["stages.warmup.enabled=false", "stages.general.enabled=false"]
         given += self.steps("task", TASKS[task].examples, "2e-4")
         return self.recipe("efficientbert", folder, given, seed)
