@@ -89,14 +89,20 @@ class StageTrainer(ResumableTrainer):
         """Reads the pieces of a batch and counts what they hold, over all processes."""
         with self.watch("data"):
             pieces = list(itertools.islice(epoch_iterator, num_batches))
-        totals: dict[str, float | Tensor] = {}
-        for piece in pieces:
-            for name, value in piece["counts"].items():
-                totals[name] = totals.get(name, 0.0) + value
-        if self.args.world_size > 1 and totals:
-            summed = torch.stack([torch.as_tensor(x, device=device) for x in totals.values()])
+        if not pieces:
+            return pieces, {}
+        names = list(pieces[0]["counts"])
+        rows = [[piece["counts"][name] for name in names] for piece in pieces]
+        summed = torch.tensor(rows, dtype=torch.float64).sum(0)
+        longest = torch.tensor(max(piece["attention_mask"].shape[1] for piece in pieces))
+        if self.args.world_size > 1:
+            summed, longest = summed.to(device), longest.to(device)
             distributed.all_reduce(summed)
-            totals = dict(zip(totals, summed, strict=True))
+            distributed.all_reduce(longest, op=distributed.ReduceOp.MAX)
+            totals = dict(zip(names, summed.float(), strict=True))  # no wait for a GPU
+        else:
+            totals, longest = dict(zip(names, summed.tolist(), strict=True)), int(longest)
+        totals["squares"] = totals["examples"] * longest**2  # as if it were padded whole
         return pieces, totals
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

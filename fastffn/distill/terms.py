@@ -9,9 +9,10 @@ parameters (projections) are the term's own, so they are trained and checkpointe
 and stay behind when it is exported.
 
 A term's value is a mean over the things it counts: "examples", "tokens" (real ones), "pairs" (of
-real tokens of one example), "squares" (of all tokens with padding) or "labels". A step that is cut
-in pieces, over processes or by accumulation, adds the pieces' values in proportion to their counts
-and so has the loss of the whole; `counts` counts.
+real tokens of one example), "squares" (pairs of all tokens, padding too) or "labels". A step that
+is cut in pieces, over processes or by accumulation, adds the pieces' values in proportion to their
+counts and so has the loss of the whole; `counts` counts. A whole is padded to the longest of all its
+examples: its squares are not the sum of its pieces'.
 
 The formulas and their sources are in `fastffn.losses` and `fastffn.functional`.
 """
