@@ -109,6 +109,17 @@ def _squad(rng: random.Random, articles: int) -> dict:
 
 # -- recipes -------------------------------------------------------------------------------------
 
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+HALF = {"like": "teacher", "config": {"num_hidden_layers": 2, "hidden_size": 16, **NO_DROPOUT}}
+ALL_LOSSES = {
+    "relations": {"relation_heads": 8},
+    "hidden": {"embeddings": True},
+    "scores": {},
+    "padded": {"kind": "scores", "masked": "zero"},
+    "soft_labels": {"temperature": 2.0},
+    "hard_labels": {"weight": 0.5},
+}
+
 
 def recipe(stages: list[dict], models: dict, data: dict, **more) -> Recipe:
     """A recipe of a checkpoint after every step; stages of 6 steps of 8 examples."""
@@ -133,6 +144,14 @@ def two_stages(files: Files, **more) -> Recipe:
         {"general": {"text": str(files.text), "max_length": 24}, "task": files.task()},
         **more,
     )
+
+
+def on_task(files, losses, name="task", models=None, kind="classification", more=None, **stage):
+    """A recipe of one stage on the task, from a teacher with its head."""
+    teacher = {"classification": files.classifier, "regression": files.regressor}[kind]
+    models = {"teacher": str(teacher), "student": HALF} | (models or {})
+    stages = [{"name": name, "data": "task", "losses": losses, **stage}]
+    return recipe(stages, models, {"task": files.task(kind)}, **(more or {}))
 
 
 def theseus(files: Files, *overrides: str, **more: str) -> Recipe:

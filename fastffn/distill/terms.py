@@ -11,8 +11,8 @@ and stay behind when it is exported.
 A term's value is a mean over the things it counts: "examples", "tokens" (real ones), "pairs" (of
 real tokens of one example), "squares" (pairs of all tokens, padding too) or "labels". A step that
 is cut in pieces, over processes or by accumulation, adds the pieces' values in proportion to their
-counts and so has the loss of the whole; `counts` counts. A whole is padded to the longest of all its
-examples: its squares are not the sum of its pieces'.
+counts and so has the loss of the whole; `counts` counts. The whole's squares are more than its
+pieces': it would be padded to its longest example.
 
 The formulas and their sources are in `fastffn.losses` and `fastffn.functional`.
 """
