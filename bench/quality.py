@@ -54,10 +54,10 @@ class Setting(NamedTuple):
 
 
 TASKS = {
-    "mrpc": Setting(24_000, epochs=4),
+    "mrpc": Setting(48_000, epochs=4),
     "stsb": Setting(34_000, epochs=4),
     "sst2": Setting(60_000, epochs=2, max_length=64, limit=20_000),
-    "rte": Setting(20_000, epochs=4),
+    "rte": Setting(40_000, epochs=4),
     "cola": Setting(50_000, epochs=4, max_length=64),
     "chnsenticorp": Setting(28_000, epochs=3, max_length=96, vocabulary="zh_vocab"),
 }
