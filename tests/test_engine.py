@@ -16,8 +16,10 @@ from tiny_recipes import (
     on_task,
     recipe,
     same,
+    shortened,
     stop_at,
     student,
+    task_values,
     two_stages,
 )
 
@@ -51,9 +53,10 @@ def ernie_tiny(files):
         "student.config.hidden_size": 16,
         "student.config.intermediate_size": 32,
         "data.general.text": files.text,
-        "data.task.task": json.dumps(files.task()["task"]),
+        "data.general.max_length": 24,
     }
-    return read("ernie-tiny", given(values, ("gd", "ged", "tad", "tsd")))
+    values |= task_values(files)
+    return read("ernie-tiny", shortened(values, "gd", "ged", "tad", "tsd", steps=3))
 
 
 def warmed_supernet(files):
@@ -69,19 +72,11 @@ def warmed_supernet(files):
             "1x1/2 down(relu(mul(up(x), x)))",
         ],
         "data.general.text": files.text,
+        "data.general.max_length": 24,
         "stages.warmup.subnetworks": 3,
         "stages.task.enabled": "false",
     }
-    return read("efficientbert", given(values, ("warmup", "general")))
-
-
-def given(values, names):
-    """Overrides: these, and short stages."""
-    values = values | {"checkpoint_seconds": 0.000001}
-    for name in names:
-        values |= {f"stages.{name}.steps": 3, f"stages.{name}.batch_size": 8}
-    values |= {f"data.{name}.max_length": 24 for name in ("general", "task")}
-    return [f"{key}={value}" for key, value in values.items()]
+    return read("efficientbert", shortened(values, "warmup", "general", steps=3))
 
 
 @pytest.mark.parametrize(

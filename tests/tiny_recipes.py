@@ -146,32 +146,36 @@ def two_stages(files: Files, **more) -> Recipe:
     )
 
 
-def on_task(files, losses, name="task", models=None, kind="classification", more=None, **stage):
+def on_task(
+    files: Files, losses, models=None, kind="classification", task=None, more=None, **stage
+) -> Recipe:
     """A recipe of one stage on the task, from a teacher with its head."""
-    teacher = {"classification": files.classifier, "regression": files.regressor}[kind]
+    heads = {"regression": files.regressor, "qa": files.reader}
+    teacher = heads.get(kind, files.classifier)
     models = {"teacher": str(teacher), "student": HALF} | (models or {})
-    stages = [{"name": name, "data": "task", "losses": losses, **stage}]
-    return recipe(stages, models, {"task": files.task(kind)}, **(more or {}))
+    stages = [{"name": "task", "data": "task", "losses": losses, **stage}]
+    return recipe(stages, models, {"task": task or files.task(kind)}, **(more or {}))
 
 
-def theseus(files: Files, *overrides: str, **more: str) -> Recipe:
+def theseus(files: Files, *overrides: str, kind: str = "classification", teacher=None) -> Recipe:
     """The shipped recipe on the tiny task."""
-    shortened = [
-        f"stages.{name}.{key}={value}"
-        for name in ("replacing", "successor")
-        for key, value in (("steps", 6), ("batch_size", 8), ("learning_rate", 1e-3))
-    ]
-    kind = more.get("kind", "classification")
-    data = files.task(kind)
-    given = {
-        "teacher.load": more.get("teacher", files.classifier),
-        "student.layers": 2,
-        "data.task.task": json.dumps(data["task"]),
-        "data.task.max_length": data["max_length"],
-        "checkpoint_seconds": 0.000001,
-    }
-    given = [f"{key}={value}" for key, value in given.items()]
-    return read("theseus", [*given, *shortened, *overrides])
+    values = {"teacher.load": teacher or files.classifier, "student.layers": 2}
+    values |= task_values(files, kind)
+    values |= {f"stages.{name}.learning_rate": 1e-3 for name in ("replacing", "successor")}
+    return read("theseus", [*shortened(values, "replacing", "successor"), *overrides])
+
+
+def task_values(files: Files, kind: str = "classification") -> dict:
+    """Values of a shipped recipe's overrides: its data are the tiny task."""
+    return {f"data.task.{key}": json.dumps(value) for key, value in files.task(kind).items()}
+
+
+def shortened(values: dict, *stages: str, steps: int = 6) -> list[str]:
+    """Overrides of a shipped recipe: these, short stages, a checkpoint after every step."""
+    values = values | {"checkpoint_seconds": 0.000001}
+    for name in stages:
+        values |= {f"stages.{name}.steps": steps, f"stages.{name}.batch_size": 8}
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 # -- runs ----------------------------------------------------------------------------------------
