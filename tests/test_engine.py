@@ -23,12 +23,13 @@ from tiny_recipes import (
     two_stages,
 )
 
-from fastffn.distill import run, stages
+from fastffn.distill import resumable, run, stage_trainer, stages
 from fastffn.distill.checkpoints import damage
 from fastffn.distill.preparation import prepare
 from fastffn.distill.recipe import read
 from fastffn.distill.stage_trainer import NotFinite
 from fastffn.distill.terms import _HardLabels
+from fastffn.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +171,39 @@ def test_a_gradient_of_nan_stops_the_run(files, tmp_path, monkeypatch):
         run(on_task(files, {"hard_labels": {}}), tmp_path / "run")
 
 
-def test_a_full_disk_is_told_before_and_while_training(files, tmp_path, monkeypatch):
-    from fastffn.distill import resumable
-    from fastffn.errors import UserError
+def test_a_gradient_of_nan_is_found_before_it_is_saved(files, tmp_path, monkeypatch):
+    """On a GPU losses and gradients are looked at now and then, and before every checkpoint."""
+    forward = _HardLabels.forward
+    steps = []
 
+    def broken(self, ours, theirs, batch):
+        steps.append(batch)
+        value = forward(self, ours, theirs, batch)
+        return value + (ours["logits"] * 0).sqrt().sum() if len(steps) == 4 else value
+
+    check = stage_trainer.StageTrainer._check_all
+    saving = []
+
+    def now_and_then(self):
+        if saving:
+            check(self)
+
+    def save(self, model, trial):
+        saving.append(self.state.global_step)
+        _save(self, model, trial)
+        saving.clear()
+
+    _save = stage_trainer.StageTrainer._save_checkpoint
+    monkeypatch.setattr(_HardLabels, "forward", broken)
+    monkeypatch.setattr(stage_trainer.StageTrainer, "_check_all", now_and_then)
+    monkeypatch.setattr(stage_trainer.StageTrainer, "_save_checkpoint", save)
+    with pytest.raises(NotFinite, match=r"step 2: the gradient's norm is nan; .*checkpoint-2"):
+        run(on_task(files, {"hard_labels": {}}), tmp_path / "run")
+    kept = tmp_path / "run" / "work" / "01-task"
+    assert not (kept / "checkpoint-3").exists() and not damage(kept / "checkpoint-2")
+
+
+def test_a_full_disk_is_told_before_and_while_training(files, tmp_path, monkeypatch):
     recipe = on_task(files, {"hard_labels": {}})
     full = type(stages.shutil.disk_usage("/"))(10, 9, 1)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="make room, or choose"):

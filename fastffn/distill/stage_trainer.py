@@ -81,6 +81,7 @@ class StageTrainer(ResumableTrainer):
         self.watch = module.watch
         self.watch.device = args.device.type
         self._unchecked: list[tuple[int, list[int], list[str], Tensor]] = []
+        self._norms: list[tuple[int, Tensor]] = []
         self.seconds: dict[str, float] = {}
 
     # -- a step --------------------------------------------------------------------------------
@@ -155,6 +156,7 @@ class StageTrainer(ResumableTrainer):
 
     def _check_all(self) -> None:
         unchecked, self._unchecked = self._unchecked, []
+        norms, self._norms = self._norms, []
         for step, numbers, names, found in unchecked:
             for name, value in zip(names, found.tolist(), strict=True):
                 if not abs(value) < float("inf"):
@@ -163,13 +165,17 @@ class StageTrainer(ResumableTrainer):
                     raise self._not_finite(
                         step, f"loss {name} is {value} on the batch of examples {shown}{more}"
                     )
+        for step, norm in norms:
+            if not torch.isfinite(norm):
+                raise self._not_finite(step, f"the gradient's norm is {norm.item()}")
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         # Of float16 a gradient overflows now and then; the scaler skips that step.
-        if norm is not None and not self.args.fp16 and norm.device.type == "cpu":
-            if not torch.isfinite(norm):
-                raise self._not_finite(self.state.global_step, f"the gradient's norm is {norm}")
+        if norm is not None and not self.args.fp16:
+            self._norms.append((self.state.global_step, norm))
+            if norm.device.type == "cpu":
+                self._check_all()
         return norm
 
     def _not_finite(self, step: int, what: str) -> NotFinite:
