@@ -152,8 +152,9 @@ def test_two_processes_that_are_killed_end_with_the_same_bits(files, tmp_path):
         assert same(student(out), student(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_resumed(files, whole, tmp_path):
-    """The command itself, killed while it trains; and a damaged checkpoint is told of."""
+    """A process that was started as users start it; the other tests fork it."""
     (tmp_path / "recipe.yaml").write_text(RECIPES["theseus"](files).to_yaml(), encoding="utf-8")
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fastffn.cli", "distill", tmp_path / "recipe.yaml"]

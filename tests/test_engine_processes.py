@@ -77,5 +77,5 @@ def test_fewer_examples_than_a_batch(files, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused(files, tmp_path):
     made = on_task(files, {"hard_labels": {}}, batch_size=7)
-    assert spawn(made, tmp_path / "run", processes=2) == 1
+    assert spawn(made, tmp_path / "run", processes=2) == 2
     assert "batch_size 7 does not divide into 2 processes x 1 pieces" in said(tmp_path / "run")

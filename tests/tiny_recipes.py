@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_teacher import WORDS, save_teacher, write_text
 
+from fastffn.cli import main
 from fastffn.distill.recipe import Recipe, read
 
 _FORK = multiprocessing.get_context("forkserver")
@@ -206,12 +207,12 @@ def stop_at(stage: str, step: int):
 
 
 def spawn(what: Recipe, out: Path, die_at: int | float | None = None, processes: int = 1) -> int:
-    """Runs a recipe in processes of its own.
+    """Runs `fastffn distill` in processes of its own, as torchrun starts them if they are several.
 
     Args:
         die_at: an integer: kill -9 before the run touches a file of `out` for that time; a float:
-            after so many seconds of training. With several processes the first dies, the others
-            are killed then.
+            so many seconds after its first checkpoint is begun. With several processes the first
+            dies, the others are killed then.
 
     Returns:
         The exit status of the first; -9 if it was killed. What it said is in `out`.log, when it
@@ -220,12 +221,14 @@ def spawn(what: Recipe, out: Path, die_at: int | float | None = None, processes:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    yaml = Path(f"{out}.yaml")
+    yaml.write_text(what.to_yaml(), encoding="utf-8")
     started = []
     for rank in range(processes):
         distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
         distributed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in distributed.items()}
-        arguments = (what.to_yaml(), out, environment if processes > 1 else {}, die_at)
+        arguments = (yaml, out, environment if processes > 1 else {}, None if rank else die_at)
         started.append(_FORK.Process(target=_run, args=arguments))
         started[-1].start()
     started[0].join(120)
@@ -247,37 +250,26 @@ def touched(out: Path) -> list[tuple[str, str]]:
     return [tuple(entry) for entry in json.loads(Path(f"{out}.touched").read_text())]
 
 
-def _run(text: str, out: Path, environment: dict[str, str], die_at: int | float | None) -> None:
+def _run(yaml: Path, out: Path, environment: dict[str, str], die_at: int | float | None) -> None:
     os.environ |= environment
     torch.set_num_threads(1)
-    first = environment.get("RANK", "0") == "0"
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    touched = _Touched(out, die_at if first and isinstance(die_at, int) else None)
-    sys.addaudithook(touched)
-    from fastffn.distill import run
-
-    def progress(phase: str, done: float, total: float, text: str) -> None:
-        if first and isinstance(die_at, float) and not alarm and text:
-            alarm.append(threading.Timer(die_at, os.kill, (os.getpid(), signal.SIGKILL)))
-            alarm[0].start()
-
-    alarm: list[threading.Timer] = []
-    (yaml := Path(f"{out}-{os.getpid()}.yaml")).write_text(text, encoding="utf-8")
-    run(yaml, out, progress=progress)
-    yaml.unlink()
-    if first:
-        Path(f"{out}.touched").write_text(json.dumps(touched.seen))
-    if alarm:
-        alarm[0].cancel()
+    watch = _Watch(out, die_at)
+    sys.addaudithook(watch)
+    status = main(["distill", str(yaml), "--out", str(out)])
+    if status == 0 and environment.get("RANK", "0") == "0":
+        Path(f"{out}.touched").write_text(json.dumps(watch.seen))
+    sys.exit(status)
 
 
-class _Touched:
+class _Watch:
     """An audit hook that notes what happens to files of a folder, and may kill the process."""
 
-    def __init__(self, folder: Path, die_at: int | None):
+    def __init__(self, folder: Path, die_at: int | float | None):
         self.folder, self.die_at, self.seen = f"{folder}{os.sep}", die_at, []
+        self.alarm: threading.Timer | None = None
 
     def __call__(self, event: str, arguments: tuple) -> None:
         if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
@@ -286,6 +278,12 @@ class _Touched:
         if not path.startswith(self.folder):
             return
         if len(self.seen) == self.die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(60)
+            self.die()
+        if isinstance(self.die_at, float) and not self.alarm and "/checkpoint-" in path:
+            self.alarm = threading.Timer(self.die_at, self.die)
+            self.alarm.start()
         self.seen.append((event, path.removeprefix(self.folder)))
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
