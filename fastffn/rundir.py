@@ -131,6 +131,11 @@ class RunDirectory:
             self._write()
         return self._state["phases"][name]["result"]
 
+    def forget(self, name: str) -> None:
+        """Makes a finished phase one that has to run again."""
+        del self._state["phases"][name]
+        self._write()
+
     def result(self, name: str) -> dict[str, Any]:
         """Of a finished phase."""
         return self._state["phases"][name]["result"]

@@ -67,7 +67,7 @@ def test_minilm_with_and_without_its_assistant():
     for stage in (assistant, general):
         options = stage.losses["relations"].options
         assert (options.relations, options.relation_heads) == (("qk", "vv"), 0)
-        assert (stage.steps, stage.batch_size, stage.warmup_steps) == (400_000, 256, 4000)
+        assert (stage.steps, stage.batch_size, stage.warmup) == (400_000, 256, 0.01)
     off = ["stages.assistant.enabled=false"]
     with pytest.raises(UserError, match="enable stage assistant"):
         ready("minilm", *off)

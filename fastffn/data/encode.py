@@ -11,6 +11,7 @@ Why not tokenise in the collator: an epoch would do again what the one before di
 that batches are sorted by must be known beforehand.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,17 @@ class Encoded:
                 digest.update(f"{array.dtype} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+    def take(self, numbers: Sequence[int]) -> "Encoded":
+        """The rows of these numbers, in this order; not of windows for evaluation."""
+        real, flat = places(self.offsets, np.asarray(numbers, np.int64))
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[flat],
+            offsets=np.concatenate([[0], np.cumsum(real.sum(1))]),
+            types=None if self.types is None else self.types[flat],
+            labels=None if self.labels is None else self.labels[numbers],
+        )
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Rows as tensors, padded at their ends to the longest.

@@ -185,6 +185,16 @@ class Walk(nn.ModuleList):
         return self.walked[index]
 
 
+def parameter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter the names it goes by: its own, and one that all encoders share:
+    "layers.<k>.", "embeddings." or "head." and the rest of its path."""
+    encoder = Encoder(model)
+    places = {id(p): f"head.{name}" for name, p in model.named_parameters()}
+    places |= {id(p): name for name, p in encoder.base.named_parameters()}
+    places |= {id(p): f"layers.{name}" for name, p in encoder.layers.named_parameters()}
+    return {name: (name, places[id(p)]) for name, p in model.named_parameters()}
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and torch.compile's wrapper."""
     while True:

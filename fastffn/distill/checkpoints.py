@@ -7,18 +7,38 @@ whatever becomes of a file afterwards (a full disk, a copy cut short, a flipped 
 is used only if every file is as it was written; otherwise the one before is, and that is said.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from fastffn.errors import UserError
 from fastffn.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 
 _SEAL = "sealed.json"
+
+
+@contextlib.contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Turns what a full disk raises in the block, by whichever library, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"{folder} cannot be written ({reason}): make room and run the same command again; "
+            "earlier checkpoints are kept"
+        ) from error
 
 
 def seal(checkpoint: str | Path) -> None:

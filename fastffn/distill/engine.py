@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from typing import Any
 import torch
 
 import fastffn
+from fastffn.distill.checkpoints import writing
+from fastffn.distill.outputs import model_fingerprint
 from fastffn.distill.preparation import Prepared, prepare
 from fastffn.distill.processes import Processes
 from fastffn.distill.recipe import Recipe, read
@@ -83,51 +86,76 @@ def run(
     progress("loading", 0, 1, "models and data")
     made = prepare(recipe)
     progress("loading", 1, 1, "models and data")
-    _same_data(directory, made)
+    stages = _stage_runs(directory, made, processes)
+    _same_inputs(directory, made)
     if processes.first:
         write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
-    results = _stages(directory, made, processes, progress)
+    results = _train(directory, made, stages, progress)
     report = _report(made, processes, results)
     if processes.first:
-        _save_students(directory, made)
+        with writing(out):
+            _save_students(directory, made)
         write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
     directory.finish(report)
     processes.wait()
     return report
 
 
-def _same_data(directory: RunDirectory, made: Prepared) -> None:
-    """What a resumed run trains on must be what it began with."""
-    now = {name: data.fingerprint for name, data in made.data.items()}
+def _same_inputs(directory: RunDirectory, made: Prepared) -> None:
+    """What a resumed run is made from must be what it began with."""
+    now = {f"data.{name}": data.fingerprint for name, data in made.data.items()}
+    now |= {name: model_fingerprint(made.models[name]) for name in made.origins}
     before = directory.phase("data", lambda: now)
     for name in now:
         if before.get(name) != now[name]:
             raise UserError(
-                f"data.{name} is not what the run in {directory.path} began with: restore it, or "
-                "start over with --fresh"
+                f"{name} is not what the run in {directory.path} began with: restore it, or start "
+                "over with --fresh"
             )
 
 
-def _stages(directory, made, processes, progress) -> dict[str, dict[str, Any]]:
+def _stage_runs(directory: RunDirectory, made: Prepared, processes) -> dict[str, StageRun]:
+    """The stages by their names in the run directory; those to come are checked, and the space."""
     helpers: dict = {}
-    results = {}
+    stages = {}
     for number, stage in enumerate(made.recipe.enabled):
         name = f"{number + 1:02d}-{stage.name}"
-        run = StageRun(
-            made,
-            stage,
-            number,
-            folder=directory.path / "stages" / name,
-            work=directory.work / name,
-            processes=processes,
-            helpers=helpers,
+        folder, work = directory.path / "stages" / name, directory.work / name
+        stages[name] = StageRun(made, stage, number, folder, work, processes, helpers)
+    left = [run for name, run in stages.items() if name not in directory.seconds()]
+    for run in left:
+        run.check()
+    if processes.first:
+        _check_space(directory.path, [run.bytes() for run in left])
+    return stages
+
+
+def _check_space(path: Path, sizes: Sequence[int]) -> None:
+    """Weights of each stage stay; of the one that trains three checkpoints may be there at a time,
+    two whole ones and the one that is being written, with Adam's two averages."""
+    needed = sum(sizes) + 9 * max(sizes, default=0)
+    at = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise UserError(
+            f"weights and checkpoints need {needed / 2**30:.1f} GiB in {path}, "
+            f"{free / 2**30:.1f} GiB are free: make room, or choose another directory"
         )
+
+
+def _train(directory, made, stages: Mapping[str, StageRun], progress) -> dict[str, dict]:
+    results = {}
+    for number, (name, run) in enumerate(stages.items()):
         made.rebuild(number)
+        if name in directory.seconds() and (wrong := run.damage()):
+            logger.error("%s is not used (%s): the stage is trained again", run.folder, wrong)
+            directory.forget(name)
         if name in directory.seconds():
             run.restore()
-            progress(stage.name, 1, 1, "finished before")
+            progress(run.stage.name, 1, 1, "finished before")
         found = directory.phase(name, lambda run=run: run.train(progress))
-        results[stage.name] = {"seconds": directory.seconds()[name], **found}
+        run.clean()
+        results[run.stage.name] = {"seconds": directory.seconds()[name], **found}
     return results
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from fastffn.data.encode import Encoded, encode_task, encode_text
+from fastffn.data.encode import Encoded, encode_task, encode_text, tokenizer_digest
 from fastffn.data.tasks import TaskData, load_task
 from fastffn.data.text import read_documents
 from fastffn.distill.heads import Head
@@ -84,15 +85,16 @@ class Prepared:
         stages = self.recipe.enabled
         trained = {name for stage in stages[:number] for name in stage.student}
         used = {*stages[number].student, stages[number].teacher} - {None}
-        used |= {origin for name in used for origin in _origins(self.recipe, name)}
+        used |= {origin for name in used for origin in origins(self.recipe, name)}
         for name in _order(self.recipe):
-            if name in used and name not in trained and trained & set(_origins(self.recipe, name)):
+            if name in used and name not in trained and trained & set(origins(self.recipe, name)):
                 self.build(name)
 
     def build(self, name: str) -> None:
         """Makes a model from those that are there."""
         spec, head = self.recipe.models[name], self.heads.get(name, _NO_HEAD)
-        self.models[name] = build_student(spec, self.models, head, self.recipe.seed)
+        seed = int.from_bytes(hashlib.sha256(f"{self.recipe.seed} {name}".encode()).digest()[:4])
+        self.models[name] = build_student(spec, self.models, head, seed)
 
     def steps(self, stage: Stage) -> int:
         """Optimiser steps of a stage."""
@@ -157,7 +159,13 @@ def prepare(recipe: Recipe) -> Prepared:
         for name in names:
             with _naming(f"stages.{stage.name}: {name}"):
                 check_positions(made.models[name], spec.max_length)
-        if stage.data not in made.data:
+        known = made.data.get(stage.data)
+        if known and known.train.tokenizer != tokenizer_digest(made.tokenizers[names[0]]):
+            raise UserError(
+                f"stages.{stage.name}: {stage.data} is in the tokens of another stage's models: "
+                "give data of models with another tokenizer a name of their own"
+            )
+        if known is None:
             with _naming(f"data.{stage.data}"):
                 tokenizer = made.tokenizers[names[0]]
                 made.data[stage.data] = _data(recipe, spec, tasks.get(stage.data), tokenizer)
@@ -222,7 +230,7 @@ def _order(recipe: Recipe) -> list[str]:
     return order
 
 
-def _origins(recipe: Recipe, name: str) -> list[str]:
+def origins(recipe: Recipe, name: str) -> list[str]:
     """What a model is made from, and what that is made from, and so on."""
     found = []
     while (name := recipe.models[name].parent) is not None:
@@ -258,7 +266,11 @@ def _data(recipe: Recipe, spec: DataSpec, task: TaskData | None, tokenizer) -> D
         return Data(parts["train"], parts["validation"], task)
     paths = [path for pattern in spec.text for path in _paths(pattern)]
     documents = read_documents(paths)
-    return Data(encode_text(tokenizer, documents, spec.max_length))
+    encoded = encode_text(tokenizer, documents, spec.max_length)
+    if spec.limit is not None and spec.limit < len(encoded):
+        order = np.random.default_rng(recipe.seed).permutation(len(encoded))
+        encoded = encoded.take(np.sort(order[: spec.limit]))
+    return Data(encoded)
 
 
 def _paths(pattern: str) -> Sequence[Path]:

@@ -1,8 +1,6 @@
 """The processes that train together: torchrun's, accelerate's, or this one alone."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 
 import torch
 
@@ -27,12 +25,6 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         self._state.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """The first runs the block before the others do."""
-        with self._state.main_process_first():
-            yield
 
 
 def is_first() -> bool:

@@ -16,13 +16,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastffn.data.inputs import model_inputs
 from fastffn.distill.architectures import unwrapped
 from fastffn.distill.capture import capture
 from fastffn.errors import UserError
 
 LOGITS = "logits"
 _EMBEDDINGS = "embeddings"
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def read(
@@ -43,9 +43,7 @@ def read(
         UserError: logits of a model without a head, and as `capture`.
     """
     names = list(dict.fromkeys(names))
-    inputs = {name: batch[name] for name in _INPUTS if name in batch}
-    if not _has_segments(model):
-        inputs.pop("token_type_ids", None)
+    inputs = model_inputs(unwrapped(model), batch)
     by_layer: dict[int, list[str]] = {}
     for name in names:
         what, _, layer = name.partition(".")
@@ -81,9 +79,3 @@ def _logits(model: nn.Module, outputs) -> Tensor:
             "was fine-tuned on the task"
         )
     return logits
-
-
-def _has_segments(model: nn.Module) -> bool:
-    """Whether token_type_ids mean something to the model."""
-    config = getattr(unwrapped(model), "config", None)
-    return getattr(config, "type_vocab_size", 0) > 1

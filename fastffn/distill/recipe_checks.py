@@ -89,8 +89,10 @@ def _check_teacher(
         raise RecipeError(at, f"is {stage.teacher}, which the stage trains: name another model")
     if stage.teacher in trained:
         return
-    trains = [other.name for other in stages if stage.teacher in other.student]
-    if trains or models[stage.teacher].load is None:
+    loaded = models[stage.teacher].load is not None  # a later stage may train it on
+    before = stages[: stages.index(stage)] if loaded else stages
+    trains = [other.name for other in before if stage.teacher in other.student]
+    if trains or not loaded:
         remedy = "name another teacher"
         if trains:
             remedy = f"enable stage {trains[0]}, or put it first, or name another teacher"

@@ -202,6 +202,11 @@ class Stage:
             object.__setattr__(self, "warmup", 0.1)
         if self.warmup is not None and not 0 <= self.warmup <= 1:
             raise UserError(f"warmup {self.warmup:g} is no fraction: for steps give warmup_steps")
+        if self.steps and (self.warmup_steps or 0) > self.steps:
+            raise UserError(
+                f"warmup_steps {self.warmup_steps} are more than the {self.steps} steps: the rate "
+                "would never reach its height; give warmup, a fraction, instead"
+            )
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, distributed
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastffn.distill.batches import LengthSampler
@@ -42,10 +42,16 @@ class ResumableTrainer(Trainer):
         super().__init__(callbacks=[clock, *options.pop("callbacks", ())], **options)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.loss_is_scaled_for_ga = False
+        self.losses_are_means_of_pieces(True)
         self.sampler, self.clock = sampler, clock
         self._sums: dict[str, Tensor | float] = {}
         self._summed = 0
+
+    def losses_are_means_of_pieces(self, means: bool) -> None:
+        """Says to the Trainer whether it must divide a piece's loss by the number of pieces, in the
+        two ways that versions of transformers ask."""
+        self.loss_is_scaled_for_ga = not means
+        self.model_accepts_loss_kwargs = not means
 
     def run(self, folder: str | Path | None = None, resume: bool = True) -> None:
         """Trains, from the newest whole checkpoint of `folder` if there is one and `resume`.
@@ -150,6 +156,17 @@ class Clock(TrainerCallback):
     def seconds(self) -> float:
         """Of the training until now, including those before an interruption."""
         return self.before + time.monotonic() - self.start
+
+
+def one_device(args: TrainingArguments) -> TrainingArguments:
+    """Makes the Trainer use one device in this process, and no DataParallel over all it sees.
+
+    That would multiply the batch and run replicas, of which nothing can be captured; torchrun is
+    the way to more devices.
+    """
+    args.device  # noqa: B018 - counts the devices when first asked for
+    args._n_gpu = min(args._n_gpu, 1)
+    return args
 
 
 def _everyone(processes: int) -> None:

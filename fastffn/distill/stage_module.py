@@ -53,6 +53,10 @@ class StageModule(nn.Module):
         sandwich: Sandwich | None = None,
     ):
         super().__init__()
+        taken = nn.ModuleDict()
+        for name in {*students, *(loss for own in terms.values() for loss in own)}:
+            if hasattr(taken, name):
+                raise UserError(f"a model or loss cannot be called {name}: torch's modules use it")
         self.students = nn.ModuleDict(students)
         self.terms = nn.ModuleDict({name: nn.ModuleDict(own) for name, own in terms.items()})
         self.replacing, self.sandwich = replacing, sandwich

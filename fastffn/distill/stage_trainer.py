@@ -19,17 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainingArguments
 
 from fastffn.distill.batches import LengthSampler, SentenceNumbers
+from fastffn.distill.checkpoints import writing
 from fastffn.distill.resumable import Clock, ResumableTrainer
 from fastffn.distill.stage_module import StageModule
 from fastffn.distill.terms import counts
 from fastffn.errors import UserError
 
 _CHECK_EVERY = 10  # steps between looks at the losses on a GPU, each of which waits for it
+_SECONDS = "seconds_by_part"  # in the Trainer's log, of a checkpoint
 _SHOWN = 8  # examples of a bad batch that a message names
 
 
@@ -63,6 +64,7 @@ class StageTrainer(ResumableTrainer):
         stage: str,
     ):
         pieces = args.world_size * args.gradient_accumulation_steps
+        seconds: dict[str, float] = {}
         super().__init__(
             model=module,
             args=args,
@@ -72,17 +74,16 @@ class StageTrainer(ResumableTrainer):
             ),
             data_collator=_Collator(data),
             train_dataset=SentenceNumbers(len(data)),
-            callbacks=[_Optimiser(module)],
+            callbacks=[_Parts(module, seconds)],
         )
-        # What the Trainer divides and averages is already the share of the whole batch.
-        self.loss_is_scaled_for_ga = True
+        self.losses_are_means_of_pieces(False)  # but their shares of the whole batch
         self.module, self.teacher, self.stage = module, teacher, stage
         self.weights = dict(weights)
         self.watch = module.watch
         self.watch.device = args.device.type
         self._unchecked: list[tuple[int, list[int], list[str], Tensor]] = []
         self._norms: list[tuple[int, Tensor]] = []
-        self.seconds: dict[str, float] = {}
+        self.seconds = seconds
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -142,8 +143,7 @@ class StageTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_all()
-        for part, seconds in self.watch.seconds().items():
-            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        self._take_seconds()
         super().log(logs, start_time)
 
     # -- finite --------------------------------------------------------------------------------
@@ -157,8 +157,10 @@ class StageTrainer(ResumableTrainer):
     def _check_all(self) -> None:
         unchecked, self._unchecked = self._unchecked, []
         norms, self._norms = self._norms, []
-        for step, numbers, names, found in unchecked:
-            for name, value in zip(names, found.tolist(), strict=True):
+        # One transfer for all: each would wait for the device.
+        rows = torch.stack([found for *_, found in unchecked]).tolist() if unchecked else []
+        for (step, numbers, names, _), row in zip(unchecked, rows, strict=True):
+            for name, value in zip(names, row, strict=True):
                 if not abs(value) < float("inf"):
                     shown = ", ".join(map(str, numbers[:_SHOWN]))
                     more = ", ..." if len(numbers) > _SHOWN else ""
@@ -189,27 +191,40 @@ class StageTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self._check_all()
-        try:
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise self._not_finite(self.state.global_step, f"{name} is not finite")
+        self._take_seconds()
+        entry = {_SECONDS: dict(self.seconds), "step": self.state.global_step}
+        self.state.log_history.append(entry)
+        with writing(self.args.output_dir):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise UserError(
-                f"a checkpoint cannot be written in {self.args.output_dir} ({reason}): make room "
-                "and run the same command again; earlier checkpoints are kept"
-            ) from error
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def _take_seconds(self) -> None:
+        for part, seconds in self.watch.seconds().items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
 
-class _Optimiser(TrainerCallback):
-    """The time of the optimiser's step."""
+class _Parts(TrainerCallback):
+    """The optimiser's time, that of parts before an interruption, and a last point of the curve."""
 
-    def __init__(self, module: StageModule):
-        self.module = module
+    def __init__(self, module: StageModule, seconds: dict[str, float]):
+        self.module, self.seconds = module, seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        before = [entry[_SECONDS] for entry in state.log_history if _SECONDS in entry]
+        self.seconds.update(before[-1] if before else {})
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.start = self.module.watch.mark()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.module.watch.since("optimiser", self.start)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step == state.max_steps
 
 
 class _Collator:

@@ -15,14 +15,15 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from fastffn.distill.architectures import Encoder
+from fastffn.distill.architectures import parameter_names
 from fastffn.distill.capture import Scores
+from fastffn.distill.checkpoints import damage, seal, writing
 from fastffn.distill.outputs import Output, OutputCache, model_fingerprint
-from fastffn.distill.preparation import Prepared, stage_seed
+from fastffn.distill.preparation import Prepared, origins, stage_seed
 from fastffn.distill.processes import Processes
 from fastffn.distill.reading import LOGITS, read
 from fastffn.distill.recipe import Stage
-from fastffn.distill.resumable import CURVE_POINTS, Clock
+from fastffn.distill.resumable import CURVE_POINTS, Clock, one_device
 from fastffn.distill.stage_module import StageModule
 from fastffn.distill.stage_trainer import StageTrainer
 from fastffn.errors import UserError
@@ -61,13 +62,53 @@ class StageRun:
         module = self.made.module(self.stage, self.number)
         for student, terms in module.terms.items() if self.stage.projections == "keep" else ():
             for loss, term in terms.items():
-                kept = self.helpers.get((student, loss), {})
+                line = (student, *origins(self.made.recipe, student))
+                kept = next((h for name in line if (h := self.helpers.get((name, loss)))), {})
                 own = term.state_dict()
                 if kept and {k: v.shape for k, v in kept.items()} == {
                     k: v.shape for k, v in own.items()
                 }:
                     term.load_state_dict(kept)
         return module
+
+    def check(self) -> None:
+        """Refuses what would go wrong once it trains: runs a step of a few examples, on the CPU.
+
+        Raises:
+            UserError: the first thing that does not fit.
+        """
+        stage, data = self.stage, self.made.data[self.stage.data]
+        pieces = self.processes.count * stage.accumulate
+        if stage.batch_size % pieces:
+            raise UserError(
+                f"stages.{stage.name}.batch_size {stage.batch_size} does not divide into "
+                f"{self.processes.count} processes x {stage.accumulate} pieces: choose a multiple "
+                f"of {pieces}"
+            )
+        if pieces > 1 and len(data.train) < stage.batch_size:
+            raise UserError(
+                f"stages.{stage.name}.batch_size {stage.batch_size} is more than the "
+                f"{len(data.train)} rows of {stage.data}, which cannot be shared out: make it "
+                "smaller"
+            )
+        module = self.module()
+        teacher = self._runner(module) if module.teacher_reads else None
+        with self._trainable(module, teacher):
+            pass
+
+    def bytes(self) -> int:
+        """Of the students' weights."""
+        models = (self.made.models[name] for name in self.stage.student)
+        return sum(4 * p.numel() for model in models for p in model.parameters())
+
+    def damage(self) -> str:
+        """What is wrong with the finished stage's files, in a few words; "": nothing."""
+        return damage(self.folder)
+
+    def clean(self) -> None:
+        """Removes the checkpoints of the finished stage."""
+        if self.processes.first:
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def restore(self) -> None:
         """Gives students and projections the state in which the finished stage left them."""
@@ -79,8 +120,6 @@ class StageRun:
         """Trains, saves, judges; returns what the report says of the stage."""
         stage, made = self.stage, self.made
         data, steps = made.data[stage.data], made.steps(stage)
-        if self.processes.first:
-            _check_space(self.work, made, stage)
         module = self.module()
         device = self.processes.device
         module.to(device)
@@ -105,12 +144,11 @@ class StageRun:
             made.models[stage.teacher].to("cpu")
         self._keep(module)
         if self.processes.first:
-            with atomic_directory(self.folder) as folder:
+            with writing(self.folder), atomic_directory(self.folder) as folder:
                 save_model(module, str(folder / _WEIGHTS), metadata={"format": "pt"})
                 _write_log(folder, trainer)
+                seal(folder)
         self.processes.wait()
-        if self.processes.first:
-            shutil.rmtree(self.work, ignore_errors=True)
         return {
             "steps": steps,
             "seconds": round(clock.seconds(), 2),
@@ -169,6 +207,11 @@ class StageRun:
             return None
         if stage.cache:
             return self._cached(model, module.teacher_reads, progress)
+        return self._runner(module)
+
+    def _runner(self, module: StageModule):
+        """What runs the teacher, where it is."""
+        model = self.made.models[self.stage.teacher]
 
         @torch.inference_mode()
         def run(batch: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, object]:
@@ -199,15 +242,17 @@ class StageRun:
         def tell(done: int, total: int) -> None:
             progress(f"{self.stage.name}: teacher", done, total, "")
 
-        with self.processes.first_goes_first():
-            cache = OutputCache.open_or_compute(
-                self.work.parent / f"outputs-{self.stage.teacher}-{self.stage.data}",
-                fingerprint,
-                data.lengths,
-                outputs,
-                forward,
-                progress=tell,
-            )
+        # One process computes, the others wait for its lock: a barrier would run out of time.
+        cache = OutputCache.open_or_compute(
+            self.work.parent / f"outputs-{self.stage.teacher}-{self.stage.data}",
+            fingerprint,
+            data.lengths,
+            outputs,
+            forward,
+            progress=tell,
+        )
+        if self.stage.replacing is None:
+            model.to("cpu")
 
         def run(batch: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, object]:
             found = {k: v.to(device) for k, v in cache.batch(numbers, stored).items()}
@@ -222,15 +267,9 @@ class StageRun:
     def _arguments(self, steps: int) -> TrainingArguments:
         stage, recipe = self.stage, self.made.recipe
         pieces = self.processes.count * stage.accumulate
-        if stage.batch_size % pieces:
-            raise UserError(
-                f"stages.{stage.name}.batch_size {stage.batch_size} does not divide into "
-                f"{self.processes.count} processes x {stage.accumulate} pieces: choose a multiple "
-                f"of {pieces}"
-            )
         warmup = stage.warmup_steps
         warmup = round(stage.warmup * steps) if warmup is None else warmup
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(self.work),
             max_steps=steps,
             per_device_train_batch_size=stage.batch_size // pieces,
@@ -259,6 +298,7 @@ class StageRun:
             disable_tqdm=True,
             report_to="none",
         )
+        return one_device(arguments)
 
     def _callbacks(self, trainer: StageTrainer, progress: Progress) -> list[TrainerCallback]:
         if not self.processes.first:
@@ -318,22 +358,13 @@ class StageRun:
         numbers = list(range(min(_PROBE, len(data))))
         batch = data.batch(numbers)
         batch.pop("index", None)
-        batch = {name: value.to(self.processes.device) for name, value in batch.items()}
+        device = next(iter(trained.values())).device
+        batch = {name: value.to(device) for name, value in batch.items()}
         theirs = teacher(batch, numbers) if teacher else {}
         total = sum(module(batch, theirs, 0).values())
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         module.watch.seconds()  # the probe is no step
         return [name for name, grad in zip(trained, gradients, strict=True) if grad is None]
-
-
-def parameter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each parameter the names it goes by: its own, and one that all encoders share:
-    "layers.<k>.", "embeddings." or "head." and the rest of its path."""
-    encoder = Encoder(model)
-    places = {id(p): f"head.{name}" for name, p in model.named_parameters()}
-    places |= {id(p): name for name, p in encoder.base.named_parameters()}
-    places |= {id(p): f"layers.{name}" for name, p in encoder.layers.named_parameters()}
-    return {name: (name, places[id(p)]) for name, p in model.named_parameters()}
 
 
 class _Telling(TrainerCallback):
@@ -364,16 +395,3 @@ def _stored(name: str) -> tuple[str, ...]:
 
 def _precision(name: str) -> str:
     return "float32" if name == LOGITS else "float16"
-
-
-def _check_space(work: Path, made: Prepared, stage: Stage) -> None:
-    """Three checkpoints may be there at a time: two whole ones and the one being written."""
-    parameters = sum(p.numel() for name in stage.student for p in made.models[name].parameters())
-    needed = 3 * 12 * parameters  # weights and Adam's two averages, float32
-    work.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise UserError(
-            f"checkpoints need {needed / 2**30:.1f} GiB in {work}, {free / 2**30:.1f} GiB are "
-            "free: make room, or choose another --out"
-        )

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from fastffn.distill.batches import CacheCollator, LengthSampler, SentenceNumbers
 from fastffn.distill.cache import TeacherCache
 from fastffn.distill.objective import Objective
-from fastffn.distill.resumable import CURVE_POINTS, Clock, ResumableTrainer
+from fastffn.distill.resumable import CURVE_POINTS, Clock, ResumableTrainer, one_device
 from fastffn.errors import UserError
 from fastffn.expr import Gene
 
@@ -142,25 +142,27 @@ def distil(
         probe = None if genes else cache.batch(numbers[:3], objective.outputs)
         frozen = stack.enter_context(_frozen(student, objective, probe, freeze))
         folder = output_dir or stack.enter_context(TemporaryDirectory(prefix="fastffn-"))
-        args = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type=schedule,
-            warmup_steps=round(warmup * steps),
-            weight_decay=weight_decay,
-            optim="adamw_torch_fused",
-            logging_strategy="steps",
-            logging_steps=max(1, steps // CURVE_POINTS),
-            save_strategy="no",  # `Clock` asks for checkpoints
-            save_total_limit=2,
-            seed=seed,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            use_cpu=next(student.parameters()).device.type == "cpu",
-            disable_tqdm=True,
-            report_to="none",
+        args = one_device(
+            TrainingArguments(
+                output_dir=str(folder),
+                max_steps=steps,
+                per_device_train_batch_size=batch_size,
+                learning_rate=learning_rate,
+                lr_scheduler_type=schedule,
+                warmup_steps=round(warmup * steps),
+                weight_decay=weight_decay,
+                optim="adamw_torch_fused",
+                logging_strategy="steps",
+                logging_steps=max(1, steps // CURVE_POINTS),
+                save_strategy="no",  # `Clock` asks for checkpoints
+                save_total_limit=2,
+                seed=seed,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                use_cpu=next(student.parameters()).device.type == "cpu",
+                disable_tqdm=True,
+                report_to="none",
+            )
         )
         trainer = DistilTrainer(student, args, clock, cache, objective, numbers, genes)
         trainer.run(output_dir, resume)

@@ -4,20 +4,17 @@ evaluate(model, encode_task(tokenizer, data.splits["validation"], data.task, 128
          data, "validation")   ->   {"accuracy": 0.91}
 """
 
-import inspect
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastffn.data.encode import Encoded
+from fastffn.data.inputs import model_inputs
 from fastffn.data.qa import qa_scores
 from fastffn.data.tasks import Task, TaskData
 from fastffn.data.windows import SpanReader
 from fastffn.errors import UserError
 from fastffn.evaluate.metrics import METRICS
-
-_TARGETS = ("labels", "start_positions", "end_positions", "index")
 
 
 def evaluate(
@@ -87,16 +84,9 @@ def _predict(
 
 @torch.inference_mode()
 def _forward(model: nn.Module, encoded: Encoded, numbers: np.ndarray):
-    taken = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
-    batch = encoded.batch(numbers)
-    return model(
-        **{
-            name: value.to(device)
-            for name, value in batch.items()
-            if name in taken and name not in _TARGETS
-        }
-    )
+    inputs = model_inputs(model, encoded.batch(numbers))
+    return model(**{name: value.to(device) for name, value in inputs.items()})
 
 
 def _finite(logits: Tensor) -> np.ndarray:

@@ -1,0 +1,7 @@
+"""`python -m fastffn`, and `torchrun -m fastffn`: the command line."""
+
+import sys
+
+from fastffn.cli import main
+
+sys.exit(main())
