@@ -135,14 +135,12 @@ def test_a_teacher_without_a_head(files, tmp_path):
 
 def test_a_part_that_no_parameter_belongs_to(files, tmp_path):
     made = on_task(files, {"hard_labels": {}}, freeze=["layer.0"])
-    with pytest.raises(UserError, match=r"no parameter's name starts with 'layer\.0'"):
-        run(made, tmp_path / "run")
+    assert "no parameter's name starts with 'layer.0'" in refused(made, tmp_path / "run")
 
 
 def test_everything_frozen(files, tmp_path):
     made = on_task(files, {"hard_labels": {}}, freeze=["layers", "embeddings", "pooler", "head"])
-    with pytest.raises(UserError, match=r"stages\.task: nothing is left to train"):
-        run(made, tmp_path / "run")
+    assert "stages.task: nothing is left to train" in refused(made, tmp_path / "run")
 
 
 def test_a_batch_that_does_not_divide(files, tmp_path):
@@ -209,7 +207,6 @@ def test_changed_data_are_refused_by_name(files, tmp_path):
     run(made, tmp_path / "run", fresh=True)
 
 
-@pytest.mark.xfail(strict=True, reason="weights of loaded models are not compared")
 def test_a_changed_teacher_is_refused_by_name(files, tmp_path):
     teacher = files.with_head("SequenceClassification", num_labels=2, classifier_dropout=0.0)
     made = on_task(files, {"hidden": {}}, models={"teacher": str(teacher)})

@@ -142,6 +142,16 @@ def test_without_a_whole_checkpoint_the_stage_starts_over(files, whole, tmp_path
     assert same(student(out), student(whole["theseus"]))
 
 
+def test_a_finished_stage_that_is_damaged_is_trained_again(files, whole, tmp_path):
+    recipe, out = RECIPES["two_stages"](files), tmp_path / "run"
+    moment = touched(whole["two_stages"]).index(("os.mkdir", "work/02-task"))
+    assert spawn(recipe, out, moment) == _KILLED
+    _altered(out / "stages/01-general/module.safetensors")
+    assert spawn(recipe, out) == 0
+    assert "01-general is not used (module.safetensors was altered" in said(out)
+    assert same(student(out), student(whole["two_stages"]))
+
+
 def test_two_processes_that_are_killed_end_with_the_same_bits(files, tmp_path):
     recipe = RECIPES["two_stages"](files)
     assert spawn(recipe, tmp_path / "whole", processes=2) == 0, said(tmp_path / "whole")

@@ -64,15 +64,11 @@ def test_a_supernet_and_a_cache_of_outputs(files, tmp_path):
     assert_equal(*outcomes({1: made, 2: made}, tmp_path))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="accelerate fills the second process's share with examples that the first has: the "
-    "batch should shrink to what there is, as it does in one process",
-)
-def test_fewer_examples_than_a_batch(files, tmp_path):
-    """Two processes share what there is; none is taken twice."""
-    made = on_task(files, {"hard_labels": {}, "hidden": {}}, batch_size=64, steps=3, eps=1e-4)
-    assert_equal(*outcomes({1: made, 2: made}, tmp_path))
+def test_fewer_examples_than_a_batch_are_refused(files, tmp_path):
+    """Some would be taken twice."""
+    made = on_task(files, {"hard_labels": {}}, batch_size=64)
+    assert spawn(made, tmp_path / "run", processes=2) == 2
+    assert "batch_size 64 is more than the 30 rows of task" in said(tmp_path / "run")
 
 
 def test_a_batch_that_does_not_divide_is_refused(files, tmp_path):
