@@ -72,7 +72,7 @@ class RunDirectory:
         if self._stale:
             found = None
         if found is not None and not _same_options(found, dict(options), self.path, free):
-            found = None
+            found, self._stale = None, True  # what other options have begun is of no use
         self.resumed = found is not None
         self._lock: TextIO | None = None
         if self.resumed and writes and "report" not in found:
@@ -193,6 +193,14 @@ class RunDirectory:
             raise UserError(
                 f"another process works in {self.path}: wait for it, or choose another directory"
             ) from None
+        # What a process was writing when it was killed.
+        begun = [*self.path.glob(f".{_STATE}.*")]
+        for name in self._contents:
+            begun += self.path.glob(f".{name}.*")
+        for name in self._contents[1:]:  # in work/ others see to it
+            begun += (self.path / name).glob(".*")
+        for path in begun:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _write(self) -> None:
         if not self._writes:

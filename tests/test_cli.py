@@ -193,7 +193,7 @@ def test_debug_shows_the_traceback(pipeline, capsys):
 def test_absent_extra_names_its_remedy(pipeline, capsys, monkeypatch):
     pipeline(raises(ModuleNotFoundError("No module named 'sklearn'", name="sklearn.tree")))
     assert cli.main(["demo"]) == 2
-    line = 'error: sklearn.tree is not installed: pip install "fastffn[search]"\n'
+    line = 'error: sklearn.tree is not installed: pip install "fastffn[train]"\n'
     assert capsys.readouterr().err == line
     find = importlib.util.find_spec
     monkeypatch.setattr(cli.util, "find_spec", lambda name: None if name == "rich" else find(name))

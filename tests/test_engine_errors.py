@@ -180,11 +180,6 @@ def test_another_recipe_is_refused_by_the_key(files, tmp_path):
     assert same(student(tmp_path / "run"), student(tmp_path / "whole"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="until a stage is finished another recipe is taken, and goes on from the checkpoint "
-    "that this one has left in work/",
-)
 def test_another_recipe_does_not_go_on_from_the_first_stages_checkpoints(files, tmp_path):
     begun(on_task(files, {"hidden": {}}), tmp_path / "run")
     other = on_task(files, {"hidden": {}}, learning_rate=2e-2)

@@ -82,9 +82,6 @@ def test_a_kill_at_a_border_changes_no_bit(event, path, then, files, whole, tmp_
     assert same(ours, theirs)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what was being written stays: .01-general.x, .student.x, .report.json.x"
-)
 def test_kills_leave_no_rubbish(files, whole, tmp_path):
     recipe, out = RECIPES["two_stages"](files), tmp_path / "run"
     for path in ("stages/01-general", "student"):

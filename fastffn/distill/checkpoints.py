@@ -75,7 +75,7 @@ def last_checkpoint(directory: str | Path) -> Path | None:
     for path in sorted(Path(directory).glob("checkpoint-*"), key=_step, reverse=True):
         if not (wrong := damage(path)):
             return path
-        logger.error("%s is not used (%s): the checkpoint before it is", path, wrong)
+        logger.error("%s is not used (%s): an earlier checkpoint is, if any", path, wrong)
     return None
 
 

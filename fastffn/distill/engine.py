@@ -77,9 +77,10 @@ def run(
     out = Path(out or Path("runs") / recipe.name)
     progress = progress or (lambda phase, done, total, text: None)
     processes = Processes()
-    directory = RunDirectory(
-        out, _flat(recipe.to_mapping()), fresh, _CONTENTS, free=("data",), writes=processes.first
-    )
+    # Before the first checkpoint nothing is lost with another recipe.
+    free = () if any((out / "work").glob("*/checkpoint-*")) else ("data",)
+    options = _flat(recipe.to_mapping())
+    directory = RunDirectory(out, options, fresh, _CONTENTS, free, writes=processes.first)
     if directory.finished:
         progress("report", 1, 1, f"finished before: {out} (--fresh starts over)")
         return directory.report
