@@ -189,8 +189,8 @@ class Bench:
         count = len(self.half(task))
         given = [f"teacher={finetuned}", *self.of_task(task), f"student.layers={count}"]
         examples = TASKS[task].examples
-        given += self.steps("replacing", examples * 2 / 3, "1e-4")
-        given += self.steps("successor", examples / 3, "5e-5")
+        given += self.steps("replacing", examples * 2 / 3, "3e-4")
+        given += self.steps("successor", examples / 3, "1e-4")
         return self.recipe("theseus", folder, given, seed)
 
     def _minilm(self, task, method, seed, folder, finetuned) -> dict:
