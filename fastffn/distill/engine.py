@@ -85,7 +85,7 @@ def run(
         progress("report", 1, 1, f"finished before: {out} (--fresh starts over)")
         return directory.report
     progress("loading", 0, 1, "models and data")
-    made = prepare(recipe)
+    made = prepare(recipe, progress)
     progress("loading", 1, 1, "models and data")
     stages = _stage_runs(directory, made, processes)
     _same_inputs(directory, made)

@@ -10,7 +10,7 @@ Students are trained in place. What a later stage takes as a teacher is the same
 import contextlib
 import glob
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,11 @@ from fastffn.distill.subnetworks import Sandwich
 from fastffn.errors import UserError
 
 _NO_HEAD = Head("none")
+Progress = Callable[[str, float, float, str], None]
+
+
+def _silent(phase: str, done: float, total: float, text: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,11 @@ def stage_seed(recipe: Recipe, number: int) -> int:
     return recipe.seed * 1000 + number
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, progress: Progress = _silent) -> Prepared:
     """Loads and checks all that the enabled stages need.
+
+    Args:
+        progress: called as progress(phase, done, total, text) while text is encoded.
 
     Raises:
         UserError: the first thing that does not fit, with the stage's or model's name.
@@ -168,7 +176,13 @@ def prepare(recipe: Recipe) -> Prepared:
         if known is None:
             with _naming(f"data.{stage.data}"):
                 tokenizer = made.tokenizers[names[0]]
-                made.data[stage.data] = _data(recipe, spec, tasks.get(stage.data), tokenizer)
+                made.data[stage.data] = _data(
+                    recipe,
+                    spec,
+                    tasks.get(stage.data),
+                    tokenizer,
+                    lambda done, total, name=stage.data: progress(f"data {name}", done, total, ""),
+                )
     for number, stage in enumerate(stages):
         with _naming(f"stages.{stage.name}"):
             module = made.module(stage, number)
@@ -255,7 +269,13 @@ def _make(made: Prepared, name: str) -> None:
         made.tokenizers[name] = tokenizer
 
 
-def _data(recipe: Recipe, spec: DataSpec, task: TaskData | None, tokenizer) -> Data:
+def _data(
+    recipe: Recipe,
+    spec: DataSpec,
+    task: TaskData | None,
+    tokenizer,
+    progress: Callable[[int, int], None],
+) -> Data:
     if task is not None:
         parts = {
             split: encode_task(
@@ -266,7 +286,7 @@ def _data(recipe: Recipe, spec: DataSpec, task: TaskData | None, tokenizer) -> D
         return Data(parts["train"], parts["validation"], task)
     paths = [path for pattern in spec.text for path in _paths(pattern)]
     documents = read_documents(paths)
-    encoded = encode_text(tokenizer, documents, spec.max_length)
+    encoded = encode_text(tokenizer, documents, spec.max_length, progress)
     if spec.limit is not None and spec.limit < len(encoded):
         order = np.random.default_rng(recipe.seed).permutation(len(encoded))
         encoded = encoded.take(np.sort(order[: spec.limit]))
