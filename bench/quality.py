@@ -199,10 +199,9 @@ class Bench:
 
     def _minilmv2(self, task, method, seed, folder, finetuned) -> dict:
         # 48 relation heads of base-size teachers are 16 wide; so are these.
-        given = ["stages.general.losses.relations.relation_heads=0"]
-        config = transformers.AutoConfig.from_pretrained(finetuned)
-        given = [given[0][:-1] + str(config.hidden_size // 16)]
-        return self._relations("minilmv2", given, task, seed, folder)
+        width = transformers.AutoConfig.from_pretrained(finetuned).hidden_size
+        given = f"stages.general.losses.relations.relation_heads={width // 16}"
+        return self._relations("minilmv2", [given], task, seed, folder)
 
     def _relations(self, recipe, given, task, seed, folder) -> dict:
         teacher = f"teacher={self.teach(self.pretrained(task))}"
@@ -319,6 +318,11 @@ def main() -> None:
         options.data, options.text, options.out, options.teacher, options.budget, options.precision
     )
     conditions = _conditions(options)
+    known = options.out / "quality.json"
+    before = json.loads(known.read_text())["conditions"] if known.exists() else conditions
+    for name in ("teacher", "budget", "precision"):
+        if before[name] != conditions[name]:
+            parser.error(f"{options.out} has cells of {name} {before[name]}: give another --out")
     for seed in options.seeds:
         for task in options.tasks:
             for method in options.methods:

@@ -33,7 +33,7 @@ _EXTRAS = {
     "matplotlib": "demo",
     "numpy": "train",
     "optuna": "search",
-    "rich": "demo",
+    "rich": "train",
     "safetensors": "models",
     "scipy": "train",
     "sklearn": "train",

@@ -67,6 +67,7 @@ class RunDirectory:
         self._contents, self._writes = ("work", *contents), writes
         if writes:
             _check_writable(self.path)
+        self._seen = self._text()
         found = self._read(fresh)
         self._stale = found is not None and fresh
         if self._stale:
@@ -146,7 +147,6 @@ class RunDirectory:
         self._write()
         if not self._writes:
             return
-        (self.path / _LOCK).unlink(missing_ok=True)
         for path in self.work.iterdir() if self.work.is_dir() else ():
             if path.name not in keep:
                 shutil.rmtree(path)
@@ -183,6 +183,11 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
         (self.path / _STATE).unlink()
 
+    def _text(self) -> bytes | None:
+        """The state as it is on the disk now."""
+        path = self.path / _STATE
+        return path.read_bytes() if path.is_file() else None
+
     def _take(self) -> None:
         """Keeps other processes out until this one ends; a lock dies with its process."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -193,6 +198,10 @@ class RunDirectory:
             raise UserError(
                 f"another process works in {self.path}: wait for it, or choose another directory"
             ) from None
+        if self._text() != self._seen:
+            raise UserError(
+                f"another process has worked in {self.path} meanwhile: run the command again"
+            )
         # What a process was writing when it was killed.
         begun = [*self.path.glob(f".{_STATE}.*")]
         for name in self._contents:

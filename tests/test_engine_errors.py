@@ -99,7 +99,7 @@ def test_a_column_that_is_not_there(files, tmp_path):
 def test_sequences_longer_than_the_positions(files, tmp_path):
     task = files.task() | {"max_length": 33}
     message = refused(on_task(files, {"hard_labels": {}}, task=task), tmp_path / "run")
-    assert "stages.task: student: max_length 33 is longer than the 32 positions" in message
+    assert "data.task of stages.task: max_length 33 is longer than the 32 positions" in message
 
 
 def test_replacing_with_a_loss_on_layers(files, tmp_path):

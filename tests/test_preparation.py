@@ -1,5 +1,6 @@
 """What a recipe's run checks before its first step, and what it takes from an earlier run."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from fastffn.distill import run
 from fastffn.distill.preparation import prepare
 from fastffn.distill.stages import StageRun
 from fastffn.errors import UserError
+from fastffn.rundir import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +233,50 @@ def test_seconds_and_curve_cover_what_an_interrupted_run_did(files, tmp_path, mo
     assert resumed["seconds_by_part"]["student"] > 0
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert state["phases"]["01-task"]["seconds"] >= resumed["seconds_by_part"]["student"]
+
+
+def test_checking_a_later_stage_leaves_a_supernet_as_it_was(files, tmp_path):
+    """Sub-networks of the check must not be what an earlier stage trains."""
+    genes = ["2x1 down(gelu(up(x)))"] * 2
+    size = {"max_stack": 2, "max_width": 24, "genes": genes, "layers": 2}
+    models = {"teacher": str(files.teacher), "student": {"supernet": {"from": "teacher", **size}}}
+    plain = {"name": "plain", "data": "general", "losses": {"hidden": {}}}
+    data = {"general": {"text": str(files.text), "max_length": 24}}
+    alone = run(recipe([plain], models, data), tmp_path / "alone")
+    both = [plain, plain | {"name": "sand", "subnetworks": 3}]
+    together = run(recipe(both, models, data), tmp_path / "both")
+    first = together["stages"]["plain"]
+    assert first["curve"] == alone["stages"]["plain"]["curve"]
+    assert first["frozen"] == alone["stages"]["plain"]["frozen"]
+
+
+def test_a_stages_optimiser_does_not_outlive_it(files, tmp_path):
+    stages = [
+        {"name": f"s{k}", "data": "task", "losses": {"hard_labels": {}}, "steps": 2}
+        for k in range(3)
+    ]
+    models = {"student": str(files.classifier)}
+    alive = []
+
+    def count(phase, done, total, text):
+        if phase.startswith("s") and done == total:
+            alive.append(sum(isinstance(x, torch.optim.AdamW) for x in gc.get_objects()))
+
+    run(recipe(stages, models, {"task": files.task()}), tmp_path, progress=count)
+    assert alive[0] == alive[1] == alive[2]
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_overwritten(tmp_path):
+    early, late = (RunDirectory(tmp_path, {"a": 1}) for _ in range(2))
+    early.phase("data", lambda: {})
+    early.finish({"found": 1})
+    with pytest.raises(UserError, match="has worked in"):
+        late.phase("data", lambda: {})
+    assert RunDirectory(tmp_path, {"a": 1}).report == {"found": 1}
+
+
+def test_time_for_cached_outputs_is_told(files, tmp_path):
+    stage = {"name": "task", "data": "task", "losses": {"soft_labels": {}}, "cache": True}
+    models = {"teacher": str(files.classifier), "student": {"layers_of": "teacher", "layers": 2}}
+    report = run(recipe([stage], models, {"task": files.task()}), tmp_path)["stages"]["task"]
+    assert 0 < report["seconds_by_part"]["cached outputs"] < report["seconds"]

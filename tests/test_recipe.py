@@ -297,7 +297,7 @@ def test_a_mistake_names_key_and_line(case, written, tmp_path):
         ("stages.gd.name=x", "is 'x': a stage keeps its name"),
         ("stages.gd=5", "stages.gd is 5: expected a mapping"),
         ("stages=[]", "stages go by their names"),
-        ("stages.gd.losses.hidden={kind: [x]}", "kind is ['x']: (known: "),
+        ("stages.gd.losses.hidden={kind: [x]}", "kind is ['x']: choose from "),
         ("student={efficientbert: {from: [teacher]}}", "is no name of a model"),
         ("seed=1e999", "expected a whole number"),
         ("nonsense", "give key.sub=value"),
@@ -313,7 +313,7 @@ def test_a_clash_of_file_and_override_names_the_file(written, tmp_path):
     message = said(written, "teacher=DIR", "student.like=teacher")
     assert "mine.yaml:3: student.layers_of and like given: a model has exactly one of" in message
     message = said(written, "teacher=DIR", "data.general=null")
-    assert "mine.yaml:13: stages.gd.data is general: (known: task)" in message
+    assert "mine.yaml:13: stages.gd.data is general: choose from task" in message
 
 
 def test_a_teacher_must_have_been_trained(written):

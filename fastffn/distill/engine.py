@@ -77,11 +77,14 @@ def run(
     out = Path(out or Path("runs") / recipe.name)
     progress = progress or (lambda phase, done, total, text: None)
     processes = Processes()
-    # Before the first checkpoint nothing is lost with another recipe.
-    free = () if any((out / "work").glob("*/checkpoint-*")) else ("data",)
+    # Until a checkpoint or the teacher's outputs are there, nothing is lost with another recipe.
+    begun = [*(out / "work").glob("*/checkpoint-*"), *(out / "work").glob("outputs-*")]
+    free = () if begun else ("data",)
     options = _flat(recipe.to_mapping())
     directory = RunDirectory(out, options, fresh, _CONTENTS, free, writes=processes.first)
     if directory.finished:
+        if processes.first:
+            shutil.rmtree(directory.work, ignore_errors=True)  # of a run killed at its very end
         progress("report", 1, 1, f"finished before: {out} (--fresh starts over)")
         return directory.report
     progress("loading", 0, 1, "models and data")
@@ -91,6 +94,7 @@ def run(
     _same_inputs(directory, made)
     if processes.first:
         write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+    processes.wait()  # until what another recipe has left is removed
     results = _train(directory, made, stages, progress)
     report = _report(made, processes, results)
     if processes.first:
@@ -123,6 +127,10 @@ def _stage_runs(directory: RunDirectory, made: Prepared, processes) -> dict[str,
         name = f"{number + 1:02d}-{stage.name}"
         folder, work = directory.path / "stages" / name, directory.work / name
         stages[name] = StageRun(made, stage, number, folder, work, processes, helpers)
+    for name, run in stages.items():
+        if name in directory.seconds() and (wrong := run.damage()):
+            logger.error("%s is not used (%s): the stage is trained again", run.folder, wrong)
+            directory.forget(name)
     left = [run for name, run in stages.items() if name not in directory.seconds()]
     for run in left:
         run.check()
@@ -148,9 +156,6 @@ def _train(directory, made, stages: Mapping[str, StageRun], progress) -> dict[st
     results = {}
     for number, (name, run) in enumerate(stages.items()):
         made.rebuild(number)
-        if name in directory.seconds() and (wrong := run.damage()):
-            logger.error("%s is not used (%s): the stage is trained again", run.folder, wrong)
-            directory.forget(name)
         if name in directory.seconds():
             run.restore()
             progress(run.stage.name, 1, 1, "finished before")

@@ -165,7 +165,7 @@ def prepare(recipe: Recipe, progress: Progress = _silent) -> Prepared:
         _check_tokenizers(made, stage, names)
         spec = recipe.data[stage.data]
         for name in names:
-            with _naming(f"stages.{stage.name}: {name}"):
+            with _naming(f"data.{stage.data} of stages.{stage.name}"):
                 check_positions(made.models[name], spec.max_length)
         known = made.data.get(stage.data)
         if known and known.train.tokenizer != tokenizer_digest(made.tokenizers[names[0]]):

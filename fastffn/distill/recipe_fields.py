@@ -33,10 +33,11 @@ def dotted(path: Iterable) -> str:
 
 
 def choice(name: object, known: Iterable[str]) -> str:
-    """` did you mean hidden? (known: ...)`: the end of a message about an unknown name."""
+    """`did you mean hidden? (known: ...)`: the end of a message about an unknown name."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, 1, 0.5)
-    return f"{f'did you mean {close[0]}? ' if close else ''}(known: {', '.join(known) or 'none'})"
+    names = ", ".join(known) or "none"
+    return f"did you mean {close[0]}? (known: {names})" if close else f"choose from {names}"
 
 
 def build(cls: type, value: Any, path: tuple, *, also: Iterable[str] = (), **given: Any) -> Any:

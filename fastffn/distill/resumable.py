@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save_model
 from torch import Tensor, distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastffn.distill.batches import LengthSampler
 from fastffn.distill.checkpoints import last_checkpoint, remove_checkpoints, seal
+from fastffn.errors import UserError
 
 _PART = "part/"  # before the name of a part in the Trainer's log
 CURVE_POINTS = 100  # of one training run; each is a mean over the steps since the last
@@ -42,6 +43,11 @@ class ResumableTrainer(Trainer):
         super().__init__(callbacks=[clock, *options.pop("callbacks", ())], **options)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "sharded training (FSDP, DeepSpeed) is not supported: start with torchrun, which "
+                "gives each device the whole model"
+            )
         self.losses_are_means_of_pieces(True)
         self.sampler, self.clock = sampler, clock
         self._sums: dict[str, Tensor | float] = {}
@@ -108,10 +114,7 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         path = Path(output_dir or self.args.output_dir)
         path.mkdir(parents=True, exist_ok=True)
-        if state_dict is None:
-            save_model(self.model, str(path / "model.safetensors"), metadata={"format": "pt"})
-        else:  # gathered from shards
-            save_file(state_dict, path / "model.safetensors", metadata={"format": "pt"})
+        save_model(self.model, str(path / "model.safetensors"), metadata={"format": "pt"})
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)

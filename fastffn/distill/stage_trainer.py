@@ -16,14 +16,13 @@ On `ResumableTrainer`. Added here:
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainingArguments
 
 from fastffn.distill.batches import LengthSampler, SentenceNumbers
-from fastffn.distill.checkpoints import writing
+from fastffn.distill.checkpoints import last_checkpoint, writing
 from fastffn.distill.resumable import Clock, ResumableTrainer
 from fastffn.distill.stage_module import StageModule
 from fastffn.distill.terms import counts
@@ -181,9 +180,8 @@ class StageTrainer(ResumableTrainer):
         return norm
 
     def _not_finite(self, step: int, what: str) -> NotFinite:
-        folder = Path(self.args.output_dir)
-        kept = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        kept = last_checkpoint(self.args.output_dir)
+        good = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
         return NotFinite(
             f"stage {self.stage}, step {step}: {what}; {good}: lower learning_rate or look at "
             "these examples"

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +94,12 @@ class StageRun:
             )
         module = self.module()
         teacher = self._runner(module) if module.teacher_reads else None
+        students = module.students.values() if module.sandwich else ()
+        genes = [list(student.config.genes) for student in students]
         with self._trainable(module, teacher):
             pass
+        for student, before in zip(students, genes, strict=True):
+            student.set_genes(before)  # an earlier stage may train it first
 
     def bytes(self) -> int:
         """Of the students' weights."""
@@ -123,7 +128,9 @@ class StageRun:
         module = self.module()
         device = self.processes.device
         module.to(device)
+        start = time.monotonic()
         teacher = self._teacher(module, progress)
+        beforehand = time.monotonic() - start if stage.cache else 0.0
         arguments = self._arguments(steps)
         clock = Clock(made.recipe.checkpoint_seconds, None)
         with self._trainable(module, teacher) as frozen:
@@ -136,7 +143,7 @@ class StageRun:
                 weights=self._weights(module),
                 stage=stage.name,
             )
-            for callback in self._callbacks(trainer, progress):
+            for callback in self._callbacks(progress):
                 trainer.add_callback(callback)
             trainer.run(self.work)
         module.eval().to("cpu")
@@ -149,10 +156,12 @@ class StageRun:
                 _write_log(folder, trainer)
                 seal(folder)
         self.processes.wait()
+        parts = {"cached outputs": beforehand} if stage.cache else {}
+        parts |= trainer.seconds
         return {
             "steps": steps,
-            "seconds": round(clock.seconds(), 2),
-            "seconds_by_part": {k: round(v, 2) for k, v in trainer.seconds.items()},
+            "seconds": round(beforehand + clock.seconds(), 2),
+            "seconds_by_part": {part: round(seconds, 2) for part, seconds in parts.items()},
             "examples": len(data.train),
             "frozen": frozen,
             "curve": trainer.curve(),
@@ -300,10 +309,10 @@ class StageRun:
         )
         return one_device(arguments)
 
-    def _callbacks(self, trainer: StageTrainer, progress: Progress) -> list[TrainerCallback]:
+    def _callbacks(self, progress: Progress) -> list[TrainerCallback]:
         if not self.processes.first:
             return []
-        callbacks: list[TrainerCallback] = [_Telling(self, trainer, progress)]
+        callbacks: list[TrainerCallback] = [_Telling(self.stage.name, progress)]
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
             from transformers.integrations import TensorBoardCallback
@@ -368,14 +377,15 @@ class StageRun:
 
 
 class _Telling(TrainerCallback):
-    """Progress after each step, and the log of the stage after each point of the curve."""
+    """Progress after each step, with the loss of the last point of the curve."""
 
-    def __init__(self, run: StageRun, trainer: StageTrainer, progress: Progress):
-        self.run, self.trainer, self.progress = run, trainer, progress
+    # Without the trainer, which holds its callbacks: the circle would keep Adam's state alive.
+    def __init__(self, stage: str, progress: Progress):
+        self.stage, self.progress = stage, progress
         self.loss = ""
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.progress(self.run.stage.name, state.global_step, state.max_steps, self.loss)
+        self.progress(self.stage, state.global_step, state.max_steps, self.loss)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
