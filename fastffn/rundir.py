@@ -147,6 +147,7 @@ class RunDirectory:
         self._write()
         if not self._writes:
             return
+        (self.path / _LOCK).unlink(missing_ok=True)  # who waits for it sees another state
         for path in self.work.iterdir() if self.work.is_dir() else ():
             if path.name not in keep:
                 shutil.rmtree(path)
