@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,6 +253,7 @@ class Reader(nn.Module):
         super().__init__()
         self.targets, self.none = targets, none
         self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(type_vocab_size=2)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         start, end = (torch.zeros(input_ids.shape) for _ in range(2))
