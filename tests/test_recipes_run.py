@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_recipes import Files
+from tiny_recipes import Files, Stopped, same, stop_at, student
 from tiny_teacher import WORDS
 
 import fastffn.models  # noqa: F401 - registers its models
@@ -51,8 +51,46 @@ def models_of(files) -> list[str]:
     return [f"models.pretrained={files.teacher}", f"models.finetuned={files.classifier}"]
 
 
+ELASTIC = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_stack": 2,
+    "max_width": 16,
+    "embedding_size": 8,
+    "max_position_embeddings": 32,
+    "genes": ["2x1 down(gelu(up(x)))"] * 2,
+}
+
+
+def given_to(name: str, files) -> list[str]:
+    """What a recipe needs beside its data."""
+    teacher = [f"teacher={files.classifier}", "student.layers=2"]
+    width = f"models.assistant.config={json.dumps({'hidden_size': 16, 'intermediate_size': 32})}"
+    genes = json.dumps(["2x1/2 down(gelu(up(x)))", "1x1 tanh(down(gelu(up(x))))"])
+    return {
+        "finetune": [f"student={files.teacher}"],
+        "soft-label": teacher,
+        "theseus": teacher,
+        "minilm": [f"teacher={files.teacher}", width, 'student.config={"num_hidden_layers": 2}'],
+        "minilmv2": [
+            f"teacher={files.teacher}",
+            SMALL_STUDENT,
+            "stages.general.losses.relations.relation_heads=8",
+        ],
+        "tinybert": [*models_of(files), SMALL_STUDENT],
+        "ernie-tiny": [*models_of(files), SMALL_STUDENT],
+        "efficientbert": [
+            *models_of(files),
+            f"models.supernet.supernet={json.dumps(ELASTIC)}",
+            f"student.efficientbert={{from: supernet, genes: {genes}}}",
+            "stages.warmup.subnetworks=3",
+        ],
+    }[name]
+
+
 def test_finetune(files, tmp_path):
-    report = run("finetune", tmp_path, small(files, "finetune", f"student={files.teacher}"))
+    report = run("finetune", tmp_path, small(files, "finetune", *given_to("finetune", files)))
     assert 0 <= report["metrics"]["student"]["accuracy"] <= 1
     assert student_of(tmp_path).config.id2label == {0: "low", 1: "high"}
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -64,7 +102,7 @@ def test_finetune(files, tmp_path):
 
 
 def test_soft_label(files, tmp_path):
-    given = [f"teacher={files.classifier}", "student.layers=2"]
+    given = given_to("soft-label", files)
     report = run("soft-label", tmp_path, small(files, "soft-label", *given))
     parts = report["stages"]["task"]["curve"][0][2]
     assert set(parts) == {"soft_labels", "hard_labels"}
@@ -72,9 +110,7 @@ def test_soft_label(files, tmp_path):
 
 
 def test_minilm_learns_from_its_assistant(files, tmp_path):
-    width = f"models.assistant.config={json.dumps({'hidden_size': 16, 'intermediate_size': 32})}"
-    given = [f"teacher={files.teacher}", width, 'student.config={"num_hidden_layers": 2}']
-    report = run("minilm", tmp_path, small(files, "minilm", *given))
+    report = run("minilm", tmp_path, small(files, "minilm", *given_to("minilm", files)))
     assert list(report["stages"]) == ["assistant", "general"]
     student = student_of(tmp_path, "AutoModel")
     assert (student.config.hidden_size, student.config.num_hidden_layers) == (16, 2)
@@ -113,8 +149,7 @@ def test_minilmv2_with_a_multilingual_teacher(files, tmp_path):
 
 
 def test_theseus_gives_a_plain_model_of_its_class(files, tmp_path):
-    given = [f"teacher={files.classifier}", "student.layers=2"]
-    run("theseus", tmp_path, small(files, "theseus", *given))
+    run("theseus", tmp_path, small(files, "theseus", *given_to("theseus", files)))
     model = student_of(tmp_path)
     assert type(model) is transformers.BertForSequenceClassification
     assert model.config.num_hidden_layers == 2 == len(model.bert.encoder.layer)
@@ -122,7 +157,7 @@ def test_theseus_gives_a_plain_model_of_its_class(files, tmp_path):
 
 @pytest.mark.parametrize("without", [None, "gd", "ged", "tad", "tsd"])
 def test_ernie_tiny_and_its_ablation(files, tmp_path, without):
-    given = [*models_of(files), SMALL_STUDENT]
+    given = given_to("ernie-tiny", files)
     if without:
         given.append(f"stages.{without}.enabled=false")
     report = run("ernie-tiny", tmp_path, small(files, "ernie-tiny", *given))
@@ -135,20 +170,13 @@ def test_ernie_tiny_and_its_ablation(files, tmp_path, without):
 
 
 def test_tinybert(files, tmp_path):
-    report = run("tinybert", tmp_path, small(files, "tinybert", *models_of(files), SMALL_STUDENT))
+    report = run("tinybert", tmp_path, small(files, "tinybert", *given_to("tinybert", files)))
     assert list(report["stages"]) == ["general", "intermediate", "prediction"]
     assert "accuracy" in report["metrics"]["student"]
 
 
 def test_efficientbert_cuts_its_student_from_the_supernet_that_was_trained(files, tmp_path):
-    genes = json.dumps(["2x1/2 down(gelu(up(x)))", "1x1 tanh(down(gelu(up(x))))"])
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size |= {"max_stack": 2, "max_width": 16, "embedding_size": 8}
-    size |= {"max_position_embeddings": 32, "genes": ["2x1 down(gelu(up(x)))"] * 2}
-    given = [*models_of(files), f"models.supernet.supernet={json.dumps(size)}"]
-    given += [f"student.efficientbert={{from: supernet, genes: {genes}}}"]
-    given += ["stages.warmup.subnetworks=3"]
-    overrides = small(files, "efficientbert", *given)
+    overrides = small(files, "efficientbert", *given_to("efficientbert", files))
     report = run("efficientbert", tmp_path, overrides)
     assert list(report["stages"]) == ["warmup", "general", "task"]
     model = student_of(tmp_path)
@@ -162,3 +190,16 @@ def test_efficientbert_cuts_its_student_from_the_supernet_that_was_trained(files
     warm = load_file(tmp_path / "still" / "stages" / "01-warmup" / "module.safetensors")
     last = load_file(tmp_path / "still" / "student" / "model.safetensors")
     assert torch.equal(warm[f"students.supernet.{word}"], last[word])
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_recipe_interrupted_in_every_stage_ends_with_the_same_bits(name, files, tmp_path):
+    overrides = small(files, name, *given_to(name, files), "checkpoint_seconds=0.000001")
+    whole = run(name, tmp_path / "whole", overrides)
+    for stage in whole["stages"]:
+        with pytest.raises(Stopped):
+            run(name, tmp_path / "run", overrides, progress=stop_at(stage, 2))
+    resumed = run(name, tmp_path / "run", overrides)
+    assert same(student(tmp_path / "run"), student(tmp_path / "whole"))
+    for stage, expected in whole["stages"].items():
+        assert resumed["stages"][stage]["curve"] == expected["curve"]
