@@ -6,9 +6,11 @@ draws others.
 """
 
 import importlib.util
+import logging
 import os
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import hypothesis
@@ -69,3 +71,12 @@ def served_by(request, monkeypatch):
     else:
         request.getfixturevalue("isa_by_name")(name)
     return name
+
+
+@pytest.fixture
+def loud_again(monkeypatch):
+    """`quiet` changes the whole process; the next test gets it as it was."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with warnings.catch_warnings():
+        yield
+    logging.disable(logging.NOTSET)

@@ -156,7 +156,7 @@ class StageTrainer(ResumableTrainer):
     def _check_all(self) -> None:
         unchecked, self._unchecked = self._unchecked, []
         norms, self._norms = self._norms, []
-        # One transfer for all: each would wait for the device.
+        # One transfer for all of a kind: each would wait for the device.
         rows = torch.stack([found for *_, found in unchecked]).tolist() if unchecked else []
         for (step, numbers, names, _), row in zip(unchecked, rows, strict=True):
             for name, value in zip(names, row, strict=True):
@@ -166,9 +166,10 @@ class StageTrainer(ResumableTrainer):
                     raise self._not_finite(
                         step, f"loss {name} is {value} on the batch of examples {shown}{more}"
                     )
-        for step, norm in norms:
-            if not torch.isfinite(norm):
-                raise self._not_finite(step, f"the gradient's norm is {norm.item()}")
+        found = torch.stack([norm for _, norm in norms]).tolist() if norms else []
+        for (step, _), norm in zip(norms, found, strict=True):
+            if not abs(norm) < float("inf"):
+                raise self._not_finite(step, f"the gradient's norm is {norm}")
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
