@@ -23,7 +23,7 @@ from tiny_recipes import (
     two_stages,
 )
 
-from fastffn.distill import resumable, run, stage_trainer, stages
+from fastffn.distill import resumable, run, stage_trainer, stages, teaching
 from fastffn.distill.checkpoints import damage
 from fastffn.distill.preparation import prepare
 from fastffn.distill.recipe import read
@@ -290,13 +290,13 @@ def test_projections_of_the_stage_before(projections, files, tmp_path):
 def counted_passes(monkeypatch) -> list[int]:
     """The numbers of examples that the teacher sees from now on, pass by pass."""
     passes = []
-    read_states = stages.read
+    read_states = teaching.read
 
     def counted(model, batch, *arguments, **named):
         passes.append(len(batch["input_ids"]))
         return read_states(model, batch, *arguments, **named)
 
-    monkeypatch.setattr(stages, "read", counted)
+    monkeypatch.setattr(teaching, "read", counted)
     return passes
 
 

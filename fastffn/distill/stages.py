@@ -6,27 +6,25 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from fastffn.distill.architectures import parameter_names
-from fastffn.distill.capture import Scores
 from fastffn.distill.checkpoints import damage, seal, writing
-from fastffn.distill.outputs import Output, OutputCache, model_fingerprint
 from fastffn.distill.preparation import Prepared, origins, stage_seed
 from fastffn.distill.processes import Processes
-from fastffn.distill.reading import LOGITS, read
 from fastffn.distill.recipe import Stage
 from fastffn.distill.resumable import CURVE_POINTS, Clock, one_device
 from fastffn.distill.stage_module import StageModule
 from fastffn.distill.stage_trainer import StageTrainer
+from fastffn.distill.teaching import cached, runner
 from fastffn.errors import UserError
 from fastffn.evaluate.tasks import evaluate
 from fastffn.files import write_text_atomic
@@ -93,7 +91,8 @@ class StageRun:
                 "smaller"
             )
         module = self.module()
-        teacher = self._runner(module) if module.teacher_reads else None
+        reads = module.teacher_reads
+        teacher = runner(self.made.models[stage.teacher], reads) if reads else None
         students = module.students.values() if module.sandwich else ()
         genes = [list(student.config.genes) for student in students]
         with self._trainable(module, teacher):
@@ -214,64 +213,18 @@ class StageRun:
         model.eval().requires_grad_(False)
         if not module.teacher_reads:
             return None
-        if stage.cache:
-            return self._cached(model, module.teacher_reads, progress)
-        return self._runner(module)
-
-    def _runner(self, module: StageModule):
-        """What runs the teacher, where it is."""
-        model = self.made.models[self.stage.teacher]
-
-        @torch.inference_mode()
-        def run(batch: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, object]:
-            return read(model, batch, module.teacher_reads, stop=True)
-
-        return run
-
-    def _cached(self, model: nn.Module, reads: Sequence[str], progress: Progress):
-        """The same from a cache on disk, which is made first where there is none."""
-        data = self.made.data[self.stage.data].train
-        heads = model.config.num_attention_heads
-        stored = [part for name in reads for part in _stored(name)]
-        device = self.processes.device
-
-        @torch.inference_mode()
-        def forward(numbers: Sequence[int], names: Sequence[str] = stored) -> dict[str, Tensor]:
-            batch = {name: value.to(device) for name, value in data.batch(numbers).items()}
-            return read(model, batch, names, stop=True)
-
-        fingerprint = f"{model_fingerprint(model)} {data.fingerprint}"
-        forward([0], reads)  # refuses what cannot be read, such as scores that are not q k^T
-        probe = forward([0])
-        outputs = {
-            name: Output(by_token=x.dim() == 3, width=x.shape[-1], dtype=_precision(name))
-            for name, x in probe.items()
-        }
-
-        def tell(done: int, total: int) -> None:
-            progress(f"{self.stage.name}: teacher", done, total, "")
-
-        # One process computes, the others wait for its lock: a barrier would run out of time.
-        cache = OutputCache.open_or_compute(
-            self.work.parent / f"outputs-{self.stage.teacher}-{self.stage.data}",
-            fingerprint,
-            data.lengths,
-            outputs,
-            forward,
-            progress=tell,
+        if not stage.cache:
+            return runner(model, module.teacher_reads)
+        taught = cached(
+            model,
+            module.teacher_reads,
+            self.made.data[stage.data].train,
+            self.work.parent / f"outputs-{stage.teacher}-{stage.data}",
+            lambda done, total: progress(f"{stage.name}: teacher", done, total, ""),
         )
-        if self.stage.replacing is None:
+        if stage.replacing is None:
             model.to("cpu")
-
-        def run(batch: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, object]:
-            found = {k: v.to(device) for k, v in cache.batch(numbers, stored).items()}
-            for name in reads:
-                if name.startswith("scores."):
-                    layer = name.partition(".")[2]
-                    found[name] = Scores(found[f"q.{layer}"], found[f"k.{layer}"], heads)
-            return found
-
-        return run
+        return taught
 
     def _arguments(self, steps: int) -> TrainingArguments:
         stage, recipe = self.stage, self.made.recipe
@@ -395,13 +348,3 @@ class _Telling(TrainerCallback):
 def _write_log(folder: Path, trainer: StageTrainer) -> None:
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     write_text_atomic(folder / "log.json", json.dumps(entries, indent=1) + "\n")
-
-
-def _stored(name: str) -> tuple[str, ...]:
-    """What the cache holds for something that is read."""
-    what, _, layer = name.partition(".")
-    return (f"q.{layer}", f"k.{layer}") if what == "scores" else (name,)
-
-
-def _precision(name: str) -> str:
-    return "float32" if name == LOGITS else "float16"
