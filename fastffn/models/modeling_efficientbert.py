@@ -197,10 +197,14 @@ class EfficientBertEncoder(nn.Module):
             EfficientBertLayer(config, gene) for gene in config.parsed_genes()
         )
 
+    def walk(self) -> list[tuple[int, EfficientBertLayer]]:
+        """The layers that a forward runs, each with its index."""
+        return list(enumerate(self.layer))
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
     ) -> Tensor:
-        for layer in self.layer:
+        for _, layer in self.walk():
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return hidden_states
 
