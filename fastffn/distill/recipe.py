@@ -16,10 +16,11 @@ list a list of one. `???` stands for what the user must give, if an enabled stag
 relative to the working directory.
 """
 
+import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,12 +96,12 @@ class Recipe:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values with defaults written out; `from_mapping` gives an equal recipe."""
-        models = {name: _plain(spec) for name, spec in self.models.items()}
+        models = {name: plain(spec) for name, spec in self.models.items()}
         values = {name: getattr(self, name) for name in ("name", "description", "seed")}
         values |= {"precision": self.precision, "checkpoint_seconds": self.checkpoint_seconds}
         values |= {name: models.pop(name) for name in TOP_MODELS if name in models}
         values |= {"models": models} if models else {}
-        values["data"] = {name: _plain(spec) for name, spec in self.data.items()}
+        values["data"] = {name: plain(spec) for name, spec in self.data.items()}
         values["stages"] = [_stage_values(stage) for stage in self.stages]
         return values
 
@@ -127,16 +128,15 @@ def read(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: one line: the file's line or the override, the key, the remedy.
     """
     path = locate(path_or_name)
-    try:
-        values, places = recipe_yaml.parse_file(path)
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
-    return _recipe(values, places, overrides, path.stem)
+    return _recipe(*parsed(path), overrides, path.stem)
 
 
-def locate(path_or_name: str | Path) -> Path:
-    """The file of a recipe; a file of one's own comes before a shipped recipe of its name."""
-    path, known = Path(path_or_name), shipped()
+def locate(path_or_name: str | Path, known: Mapping[str, Path] | None = None) -> Path:
+    """The file of a recipe; a file of one's own comes before a shipped recipe of its name.
+
+    `known` are the shipped recipes, name -> file; None: those of this package.
+    """
+    path, known = Path(path_or_name), shipped() if known is None else known
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -149,44 +149,71 @@ def locate(path_or_name: str | Path) -> Path:
     return known[str(path_or_name)]
 
 
-# -- from values ---------------------------------------------------------------------------------
+# -- from values: what a recipe of another kind is read by too (fastffn.search.recipe) ------------
 
 
-def _recipe(values: Any, places: recipe_yaml.Places, overrides: Iterable[str], name: str) -> Recipe:
+def parsed(path: Path, what: str = "recipe") -> tuple[Any, recipe_yaml.Places]:
+    """The values of a file and their places.
+
+    Raises:
+        UserError: a file that cannot be read, or is no YAML.
+    """
     try:
-        values = _with_named_stages(values, places)
-        for text in overrides:
-            recipe_overrides.apply(values, places, text)
-        _check_set(values)
-        return _built(values, name)
+        return recipe_yaml.parse_file(path)
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def placed(places: recipe_yaml.Places) -> Iterator[None]:
+    """Within the block a RecipeError becomes the UserError that says where its value stands."""
+    try:
+        yield
     except RecipeError as error:
         raise UserError(f"{places.of(error.path)}: {error}") from None
 
 
-def _with_named_stages(values: Any, places: recipe_yaml.Places) -> dict[str, Any]:
-    """A copy in which the list of stages is a mapping by name, as paths and overrides want it."""
+def _recipe(values: Any, places: recipe_yaml.Places, overrides: Iterable[str], name: str) -> Recipe:
+    with placed(places):
+        values = with_names(values, places)
+        for text in overrides:
+            recipe_overrides.apply(values, places, text)
+        check_set(values)
+        return built(values, name)
+
+
+def with_names(
+    values: Any, places: recipe_yaml.Places, keys: Sequence[str] = ("stages",)
+) -> dict[str, Any]:
+    """A copy in which lists of stages are mappings by name, as paths and overrides want them."""
     if not isinstance(values, Mapping):
-        raise RecipeError((), "is no mapping: a recipe has keys such as teacher and stages")
+        raise RecipeError((), f"is no mapping: a recipe has keys such as teacher and {keys[-1]}")
     values = copy.deepcopy(dict(values))
-    listed = values.get("stages")
+    return values | {key: _by_name(values.get(key), key, places) for key in keys}
+
+
+def _by_name(listed: Any, key: str, places: recipe_yaml.Places) -> dict[str, Any]:
     if not isinstance(listed, list | tuple) or not listed:
-        raise RecipeError(("stages",), "are missing: give a list of at least one")
+        are = "are" if key.endswith("s") else "is"
+        raise RecipeError((key,), f"{are} missing: give a list of at least one")
     stages: dict[str, Any] = {}
     for index, stage in enumerate(listed):
         name = stage.get("name") if isinstance(stage, Mapping) else None
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            said = "needs a name of letters, digits, - and _"
-            raise RecipeError(("stages", index), said)
+            raise RecipeError((key, index), "needs a name of letters, digits, - and _")
         if name in stages:
-            raise RecipeError(("stages", index), f"has the name {name} that another stage has")
-        places.move(("stages", index), ("stages", name))
+            raise RecipeError((key, index), f"has the name {name} that another stage has")
+        places.move((key, index), (key, name))
         stages[name] = dict(stage)
-    return values | {"stages": stages}
+    return stages
 
 
-def _check_set(values: dict[str, Any]) -> None:
-    """Refuses `???`, except in models and data that no enabled stage uses."""
-    models, data = _used(values)
+def check_set(values: dict[str, Any], models: Iterable[str] = (), data: Iterable[str] = ()) -> None:
+    """Refuses `???`, except in models and data that no enabled stage uses.
+
+    `models` and `data` are names of those that something else than a stage uses.
+    """
+    models, data = _used(values, {*models}, {*data})
     used = {*map(model_path, models), *(("data", name) for name in data)}
     unset: list[tuple] = []
 
@@ -215,9 +242,9 @@ def _and(more: list[tuple]) -> str:
     return f"{''.join(f', {name}' for name in middle)} and {last} are"
 
 
-def _used(values: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Models and data that enabled stages use; values may still be of any type."""
-    models, data = set(), set()
+def _used(values: dict[str, Any], models: set[str], data: set[str]) -> tuple[set[str], set[str]]:
+    """These and the models and data that enabled stages use, with the models that they are made
+    from; values may still be of any type."""
     for stage in values["stages"].values():
         if isinstance(stage, Mapping) and stage.get("enabled") is not False:
             students = stage.get("student", "student")
@@ -254,11 +281,15 @@ def _all_models(values: dict[str, Any]) -> dict[str, Any]:
     return {name: spec for name, spec in found.items() if spec is not None}
 
 
-def _built(values: dict[str, Any], name: str) -> Recipe:
+def built(values: dict[str, Any], name: str, also: Iterable[str] = ()) -> Recipe:
+    """The recipe of values whose stages are a mapping by name.
+
+    `name` is for those without one, `also` are keys besides, for what an error says is known.
+    """
     keys = [field.name for field in dataclasses.fields(Recipe)]
     for key in values:
         if key not in (*keys, *TOP_MODELS):
-            raise RecipeError((key,), f"is unknown: {choice(key, (*TOP_MODELS, *keys))}")
+            raise RecipeError((key,), f"is unknown: {choice(key, (*TOP_MODELS, *keys, *also))}")
     models = {}
     for key, spec in _all_models(values).items():
         path = _named(key, model_path(key))
@@ -328,20 +359,20 @@ def _loss(name: str, path: tuple, values: Any) -> Loss:
 # -- to values -----------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Plain values; of a dataclass those fields that are not None."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {name: _plain(item) for name, item in fields.items() if item is not None}
+        return {name: plain(item) for name, item in fields.items() if item is not None}
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _stage_values(stage: Stage) -> dict[str, Any]:
     head = {"name": stage.name, "teacher": stage.teacher, "student": list(stage.student)}
     head |= {"data": stage.data, "losses": {}}
     for name, loss in stage.losses.items():
-        options = _plain(loss.options)
+        options = plain(loss.options)
         head["losses"][name] = {"kind": loss.kind, "weight": loss.weight} | options
-    return head | {key: item for key, item in _plain(stage).items() if key not in head}
+    return head | {key: item for key, item in plain(stage).items() if key not in head}

@@ -4,7 +4,7 @@ The value is YAML. Stages go by name and must be there; what else is not there i
 such key exists the check of the whole names the override.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastffn.distill.recipe_fields import choice, dotted
@@ -17,8 +17,11 @@ _REPLACES = {"epochs": "steps", "warmup": "warmup_steps", "task": "text"}
 _REPLACES |= {new: old for old, new in _REPLACES.items()}
 
 
-def apply(values: dict[str, Any], places: Places, text: str) -> None:
-    """Changes `values`, whose stages are a mapping by name, and says in `places` where from.
+def apply(
+    values: dict[str, Any], places: Places, text: str, named: Sequence[str] = ("stages",)
+) -> None:
+    """Changes `values` and says in `places` where from; below the keys `named`, stages are a
+    mapping by name.
 
     Raises:
         UserError: no `key=value`, no YAML, a stage that is not there, a key below a plain value.
@@ -27,11 +30,12 @@ def apply(values: dict[str, Any], places: Places, text: str) -> None:
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise UserError(f"override {text!r} is none: give key.sub=value")
-    if path == ("stages",):
-        raise UserError(f"{text}: stages go by their names: give stages.NAME.KEY=VALUE")
+    top = path[0]
+    if top in named and len(path) == 1:
+        raise UserError(f"{text}: stages go by their names: give {top}.NAME.KEY=VALUE")
     value, _ = parse(written, text, with_lines=False)
-    if path[0] == "stages" and path[1] not in values["stages"]:
-        raise UserError(f"{text}: stages.{path[1]} is unknown: {choice(path[1], values['stages'])}")
+    if top in named and path[1] not in values[top]:
+        raise UserError(f"{text}: {top}.{path[1]} is unknown: {choice(path[1], values[top])}")
     node = values
     for index, name in enumerate(path[:-1]):
         here = path[: index + 1]

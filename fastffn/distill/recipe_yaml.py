@@ -82,6 +82,11 @@ class Places:
         """Says where one value stands, of those below it nothing."""
         self._found[path] = place
 
+    def include(self, path: Path_, other: "Places") -> None:
+        """Says that what stands at a path is another file's whole value."""
+        self.put(path, other.origin)
+        self._found |= {path + below: place for below, place in other._found.items()}
+
     def move(self, old: Path_, new: Path_) -> None:
         """Renames a path and all below it."""
         size = len(old)
