@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_recipes import Files, recipe, same, student, two_stages
+from tiny_recipes import TRAIN, Files, recipe, same, student, two_stages
 from tiny_teacher import WORDS
 
 from fastffn.data.encode import encode_text
 from fastffn.data.text import read_documents
 from fastffn.distill import run
-from fastffn.distill.preparation import prepare
+from fastffn.distill.preparation import HELD_OUT, prepare
 from fastffn.distill.stages import StageRun
 from fastffn.errors import UserError
 from fastffn.rundir import RunDirectory
@@ -100,6 +100,31 @@ def test_a_limit_takes_some_sequences_of_text(files):
     rows = {tuple(row) for row in np.split(every.tokens, every.offsets[1:-1])}
     few = sequences(10)
     assert {tuple(row) for row in np.split(few.tokens, few.offsets[1:-1])} <= rows
+
+
+def test_held_out_rows_are_not_trained_on(files):
+    def made_with(**data):
+        stages = [{"name": "task", "data": "task", "losses": {"hard_labels": {}}}]
+        models = {
+            "teacher": str(files.classifier),
+            "student": {"layers_of": "teacher", "layers": 2},
+        }
+        return prepare(recipe(stages, models, {"task": files.task() | data})).data["task"]
+
+    def rows(encoded):
+        return sorted(
+            tuple(encoded.batch([k])["input_ids"][0].tolist()) for k in range(len(encoded))
+        )
+
+    whole, data = made_with(), made_with(hold_out=9)
+    assert (len(data.train), len(data.held_out)) == (TRAIN - 9, 9)
+    assert sorted(rows(data.train) + rows(data.held_out)) == rows(whole.train)
+    for split, encoded in (("train", data.train), (HELD_OUT, data.held_out)):
+        examples = data.task.splits[split]
+        assert encoded.batch(range(len(encoded)))["labels"].tolist() == list(examples.labels)
+    assert data.fingerprint != whole.fingerprint
+    with pytest.raises(UserError, match=f"hold_out {TRAIN} leaves none of the {TRAIN} rows"):
+        made_with(hold_out=TRAIN)
 
 
 def test_data_of_one_name_are_in_one_vocabulary(files, tmp_path):

@@ -15,13 +15,13 @@ import torch
 
 from fastffn.compress import baselines, measure, phases, schedule, student
 from fastffn.compress.corpus import Corpus, read
-from fastffn.compress.memory import freed_memory_kept
 from fastffn.compress.options import Options
 from fastffn.compress.run import Progress, Run
 from fastffn.distill.cache import TeacherCache
 from fastffn.distill.objective import Objective
 from fastffn.distill.teacher import DEFAULT_TEACHER, Teacher, load_teacher
 from fastffn.errors import UserError
+from fastffn.memory import freed_memory_kept
 from fastffn.rundir import RunDirectory
 
 # Tried on the demonstration: hidden states teach most, the vector alone least.

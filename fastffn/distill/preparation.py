@@ -11,7 +11,7 @@ import contextlib
 import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from fastffn.distill.students import (
 from fastffn.distill.subnetworks import Sandwich
 from fastffn.errors import UserError
 
+HELD_OUT = "held_out"  # split of a task
 _NO_HEAD = Head("none")
 Progress = Callable[[str, float, float, str], None]
 
@@ -52,15 +53,18 @@ class Data:
         train: what is trained on.
         validation: what a task is judged on; None for text.
         task: the task's data, None for text.
+        held_out: training rows that are not trained on, the split HELD_OUT of a task; None: none.
     """
 
     train: Encoded
     validation: Encoded | None = None
     task: TaskData | None = None
+    held_out: Encoded | None = None
 
     @property
     def fingerprint(self) -> str:
-        parts = [part.fingerprint for part in (self.train, self.validation) if part is not None]
+        parts = (self.train, self.validation, self.held_out)
+        parts = [part.fingerprint for part in parts if part is not None]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -283,14 +287,35 @@ def _data(
             )
             for split in ("train", "validation")
         }
-        return Data(parts["train"], parts["validation"], task)
+        return _held_out(Data(parts["train"], parts["validation"], task), spec, recipe.seed)
     paths = [path for pattern in spec.text for path in _paths(pattern)]
     documents = read_documents(paths)
     encoded = encode_text(tokenizer, documents, spec.max_length, progress)
     if spec.limit is not None and spec.limit < len(encoded):
         order = np.random.default_rng(recipe.seed).permutation(len(encoded))
         encoded = encoded.take(np.sort(order[: spec.limit]))
-    return Data(encoded)
+    return _held_out(Data(encoded), spec, recipe.seed)
+
+
+def _held_out(data: Data, spec: DataSpec, seed: int) -> Data:
+    """The data with some of the training rows apart."""
+    if not spec.hold_out:
+        return data
+    rows = len(data.train)
+    if data.train.kind == "qa":
+        raise UserError("hold_out: windows of questions overlap: give text, or another task")
+    if spec.hold_out >= rows:
+        raise UserError(
+            f"hold_out {spec.hold_out} leaves none of the {rows} rows to train on: make it smaller"
+        )
+    order = np.random.default_rng((seed, rows)).permutation(rows)
+    apart, rest = np.sort(order[: spec.hold_out]), np.sort(order[spec.hold_out :])
+    task = data.task
+    if task is not None:
+        train = task.splits["train"]
+        splits = {"train": train.take(rest), HELD_OUT: train.take(apart)}
+        task = replace(task, splits=task.splits | splits)
+    return Data(data.train.take(rest), data.validation, task, data.train.take(apart))
 
 
 def _paths(pattern: str) -> Sequence[Path]:

@@ -106,7 +106,8 @@ def _check_students(stage: Stage, path: tuple, models: Mapping[str, ModelSpec]) 
         if models[name].dtype != "float32":
             said = f"is {models[name].dtype}: what is trained is float32; see precision"
             raise RecipeError((*model_path(name), "dtype"), said)
-    if stage.subnetworks is not None and any(models[n].supernet is None for n in stage.student):
+    specs = [models[name] for name in stage.student]
+    if stage.subnetworks is not None and any(s.supernet is None and s.load is None for s in specs):
         said = "needs a student that is a supernet: give it supernet, or leave this out"
         raise RecipeError((*path, "subnetworks"), said)
     if stage.replacing is None:

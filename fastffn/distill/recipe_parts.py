@@ -97,6 +97,8 @@ class DataSpec:
         dir: the task's folder, or the one above it; None: FASTFFN_DATA, else the hub.
         max_length: tokens of a sequence, special ones included.
         limit: training examples (sequences of text) at most, a random choice; None: all.
+        hold_out: of these, how many are not trained on, by chance: a search judges by them. Not of
+            questions, whose windows overlap.
     """
 
     task: str | dict[str, Any] | None = None
@@ -104,6 +106,7 @@ class DataSpec:
     dir: str | None = None
     max_length: int = 128
     limit: int | None = None
+    hold_out: int = 0
 
     def __post_init__(self):
         if (self.task is None) == (self.text is None):
@@ -115,6 +118,8 @@ class DataSpec:
         if self.max_length < 3:
             raise UserError(f"max_length {self.max_length} leaves no room for a word: at least 3")
         _positive(self, "limit")
+        if self.hold_out < 0:
+            raise UserError(f"hold_out {self.hold_out} is negative: give 0 or more")
 
 
 @dataclass(frozen=True)

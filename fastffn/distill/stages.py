@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from fastffn.distill.architectures import parameter_names
@@ -287,18 +287,7 @@ class StageRun:
         for parameter in everything.values():
             parameter.requires_grad_(True)
         for student in module.students.values():
-            called = parameter_names(student)
-            for prefix in (*stage.freeze, *stage.train):
-                if not any(name.startswith(prefix) for names in called.values() for name in names):
-                    raise UserError(
-                        f"stages.{stage.name}: no parameter's name starts with {prefix!r}: use "
-                        "layers, embeddings, head, or names like " + ", ".join(list(called)[:3])
-                    )
-            for name, parameter in student.named_parameters():
-                names = called[name]
-                chosen = not stage.train or any(n.startswith(stage.train) for n in names)
-                frozen = any(n.startswith(stage.freeze) for n in names)
-                parameter.requires_grad_(chosen and not frozen)
+            freeze(student, stage)
         unreached = self._unreached(module, teacher)
         for name in unreached:
             everything[name].requires_grad_(False)
@@ -327,6 +316,26 @@ class StageRun:
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         module.watch.seconds()  # the probe is no step
         return [name for name, grad in zip(trained, gradients, strict=True) if grad is None]
+
+
+def freeze(student: nn.Module, stage: Stage) -> None:
+    """Lets those parameters have gradients that the stage trains.
+
+    Raises:
+        UserError: a name in `freeze` or `train` that no parameter has.
+    """
+    called = parameter_names(student)
+    for prefix in (*stage.freeze, *stage.train):
+        if not any(name.startswith(prefix) for names in called.values() for name in names):
+            raise UserError(
+                f"stages.{stage.name}: no parameter's name starts with {prefix!r}: use "
+                "layers, embeddings, head, or names like " + ", ".join(list(called)[:3])
+            )
+    for name, parameter in student.named_parameters():
+        names = called[name]
+        chosen = not stage.train or any(n.startswith(stage.train) for n in names)
+        frozen = any(n.startswith(stage.freeze) for n in names)
+        parameter.requires_grad_(chosen and not frozen)
 
 
 class _Telling(TrainerCallback):

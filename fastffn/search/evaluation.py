@@ -1,0 +1,301 @@
+"""How a search stage judges a candidate: `evaluate(genes)` for a `Study`, built from the recipe.
+
+    trained     the candidate takes its slices of the supernet, goes through the distillation stages
+                of `train`, and is judged after each of the `rungs` of the last one
+    one-shot    without `train`: the supernet runs the candidate's genes as it is; what consecutive
+                candidates have in common is computed once (`oneshot`)
+
+Whatever does not depend on the candidate is done once: data are token ids, the teacher's outputs
+come from a cache where the stage asks for one, all candidates see the same batches in the same
+order, draw the same dropout, and share the memory of what they do not train.
+
+Why not the engine's trainer: a candidate lives for seconds and is judged in between, so it needs
+neither checkpoints nor logs, and building a Trainer takes as long as its first steps.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastffn.distill.batches import LengthSampler
+from fastffn.distill.preparation import Prepared, prepare, stage_seed
+from fastffn.distill.recipe import Recipe
+from fastffn.distill.recipe_parts import ModelSpec, Stage
+from fastffn.distill.stage_module import StageModule
+from fastffn.distill.stages import freeze
+from fastffn.distill.teaching import Taught, cached, runner
+from fastffn.errors import UserError
+from fastffn.evaluate.size import count
+from fastffn.expr import Gene
+from fastffn.models import extract
+from fastffn.search.oneshot import SharedPrefixes
+from fastffn.search.recipe import SearchRecipe, SearchStage
+from fastffn.search.scoring import Around, LossScore, TaskScore, nothing
+
+SUPERNET, CANDIDATE = "supernet", "candidate"
+Progress = Callable[[str, float, float, str], None]
+
+
+def distillation(
+    recipe: SearchRecipe, names: Sequence[str], supernet: Path | None = None
+) -> Recipe:
+    """The distillation recipe with the stages of these names alone, in the recipe's order.
+
+    Args:
+        supernet: where the supernet is loaded from; None: as the recipe says.
+    """
+    distil = recipe.distil
+    models = dict(distil.models)
+    if supernet is not None:
+        models[SUPERNET] = ModelSpec(load=str(supernet))
+    apart: dict[str, int] = {}
+    for stage in recipe.search:
+        name = scored_data(recipe, stage)
+        apart[name] = max(apart.get(name, 0), stage.score.rows)
+    data = {
+        name: dataclasses.replace(spec, hold_out=apart[name]) if name in apart else spec
+        for name, spec in distil.data.items()
+    }
+    stages = tuple(stage for stage in distil.stages if stage.name in names)
+    return dataclasses.replace(distil, models=models, data=data, stages=stages)
+
+
+def scored_data(recipe: SearchRecipe, stage: SearchStage) -> str:
+    """Name of the data whose held-out rows judge the stage's candidates."""
+    if stage.score.metric != "loss":
+        return stage.score.data
+    return next(s.data for s in recipe.distil.stages if s.name == stage.score.stage)
+
+
+def evaluation(
+    recipe: SearchRecipe,
+    stage: SearchStage,
+    supernet: Path,
+    work: Path,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> "Trained | OneShot":
+    """What judges the candidates of a search stage.
+
+    Args:
+        supernet: folder of its weights.
+        work: where caches of teachers' outputs are, or come to be.
+
+    Raises:
+        UserError: models, data and losses that do not fit, or a score that nothing is trained for.
+    """
+    score = stage.score
+    names = {*stage.train, *([score.stage] if score.stage else [])} or {*stage.supernet}
+    if not names:
+        raise UserError(
+            f"search.{stage.name}: nothing is trained for its {score.metric}: give train or "
+            "supernet"
+        )
+    made = prepare(distillation(recipe, names, supernet), progress or (lambda *_: None))
+    for model in made.models.values():
+        model.to(device).eval().requires_grad_(False)
+    return (Trained if stage.train else OneShot)(made, stage, work, device, progress)
+
+
+class _Evaluation:
+    """What both ways share: models, data, the score."""
+
+    def __init__(
+        self,
+        made: Prepared,
+        stage: SearchStage,
+        work: Path,
+        device: torch.device,
+        progress: Progress | None = None,
+    ):
+        self.made, self.stage, self.work, self.device = made, stage, work, device
+        self.progress = progress or (lambda *_: None)
+        self.supernet = made.models[SUPERNET]
+        self.stages = {s.name: (number, s) for number, s in enumerate(made.recipe.enabled)}
+        score = stage.score
+        if score.metric == "loss":
+            _, scored = self.stages[score.stage]
+            self._scored = scored
+            module = self.module(scored, self.supernet)
+            data = made.data[scored.data]
+            held = dataclasses.replace(data, train=data.held_out)
+            taught = self.taught(scored, module, held.train, "held-out")
+            weights = {name: scored.losses[name].weight for name in module.counted}
+            self._loss = LossScore(data, taught, weights)
+        else:
+            self._metric = TaskScore(made.data[score.data], score.metric)
+
+    def module(self, stage: Stage, model: nn.Module) -> StageModule:
+        """A stage's losses around a model."""
+        number, _ = self.stages[stage.name]
+        (name,) = stage.student
+        own, self.made.models[name] = self.made.models[name], model
+        try:
+            alone = dataclasses.replace(stage, subnetworks=None)
+            return self.made.module(alone, number).to(self.device)
+        finally:
+            self.made.models[name] = own
+
+    def taught(self, stage: Stage, module: StageModule, data, what: str) -> Taught | None:
+        """What gives the teacher's outputs for rows of `data`."""
+        if not module.teacher_reads:
+            return None
+        teacher = self.made.models[stage.teacher]
+        if not stage.cache:
+            return runner(teacher, module.teacher_reads)
+        return cached(
+            teacher,
+            module.teacher_reads,
+            data,
+            self.work / f"outputs-{stage.name}-{what}",
+            lambda done, total: self.progress(f"{self.stage.name}: teacher", done, total, ""),
+        )
+
+    def score(
+        self, model: nn.Module, module: StageModule | None = None, around: Around = nothing
+    ) -> float:
+        """NaN where the weights are not finite."""
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            return math.nan
+        with self.mixed():
+            if self.stage.score.metric != "loss":
+                return self._metric(model, around)
+            return self._loss(module, around)
+
+    def mixed(self) -> contextlib.AbstractContextManager:
+        """The recipe's precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.made.recipe.precision)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+
+class OneShot(_Evaluation):
+    """The supernet's own quality with a candidate's genes."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._module = None
+        if self.stage.score.metric == "loss":
+            self._module = self.module(self._scored, self.supernet)
+            if any(True for _ in self._module.terms.parameters()):
+                raise UserError(
+                    f"search.{self.stage.name}: the losses of {self._scored.name} project hidden "
+                    "states, and nothing trains the projections: score by relations or a metric"
+                )
+        self._shared = SharedPrefixes(self.supernet)
+
+    def __call__(self, genes: Sequence[Gene]) -> float:
+        self.supernet.set_genes(genes)
+        with self._shared:
+            return self.score(self.supernet, self._module, self._shared.batch)
+
+
+class Trained(_Evaluation):
+    """The quality of a candidate that goes on from the supernet's weights."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._trainings = []
+        for name in self.stage.train:
+            number, stage = self.stages[name]
+            module = self.module(stage, self.supernet)
+            rows = self.made.data[stage.data].train
+            taught = self.taught(stage, module, rows, "train")
+            self._trainings.append((stage, taught, stage_seed(self.made.recipe, number)))
+
+    def __call__(self, genes: Sequence[Gene]) -> Iterator[float]:
+        """Yields the quality after each rung."""
+        candidate = extract(self.supernet, genes)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for place, (stage, taught, seed) in enumerate(self._trainings):
+                last = place == len(self._trainings) - 1
+                torch.manual_seed(seed)
+                module = self.module(stage, candidate)
+                steps = self.made.steps(stage)
+                rungs = {max(1, round(part * steps)) for part in self.stage.rungs} if last else ()
+                for done in self._train(module, stage, taught, seed, steps):
+                    if done in rungs:
+                        yield self.score(candidate, module)
+
+    def _train(
+        self, module: StageModule, stage: Stage, taught: Taught | None, seed: int, steps: int
+    ) -> Iterator[int]:
+        """Trains step by step; yields the number of those done after each."""
+        from transformers import get_scheduler
+
+        (candidate,) = module.students.values()
+        freeze(candidate, stage)
+        module.terms.requires_grad_(True)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        decayed = [p for p in parameters if p.dim() > 1]
+        rest = [p for p in parameters if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": stage.weight_decay}]
+        groups += [{"params": rest, "weight_decay": 0.0}]
+        optimiser = torch.optim.AdamW(
+            groups, stage.learning_rate, betas=stage.betas, eps=stage.eps, fused=True
+        )
+        warmup = stage.warmup_steps
+        warmup = round(stage.warmup * steps) if warmup is None else warmup
+        schedule = get_scheduler(stage.schedule, optimiser, warmup, steps)
+        scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.made.recipe.precision == "fp16"
+        )
+        weights = {name: stage.losses[name].weight for name in module.counted}
+        data = self.made.data[stage.data].train
+        batches = _batches(data.lengths, stage.batch_size, seed)
+        for step in range(steps):
+            module.train()
+            numbers = next(batches)
+            batch = data.batch(numbers)
+            batch.pop("index")
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            theirs = taught(batch, numbers) if taught else {}
+            with self.mixed():
+                losses = module(batch, theirs, step)
+            total = sum(weights[name] * value for name, value in losses.items())
+            scaler.scale(total).backward()
+            scaler.unscale_(optimiser)
+            torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm)
+            scaler.step(optimiser)
+            scaler.update()
+            schedule.step()
+            optimiser.zero_grad()
+            yield step + 1
+
+
+def _batches(lengths: np.ndarray, size: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of one batch after another, epoch after epoch."""
+    sampler = LengthSampler(lengths, size, seed=seed, whole=True)
+    epoch = 0
+    while True:
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        yield from (order[k : k + size] for k in range(0, len(order), size))
+        epoch += 1
+
+
+def rest_of(model: nn.Module, length: int = 128) -> tuple[int, int]:
+    """What an EfficientBERT encoder has besides its FFNs: parameters, and MACs per token.
+
+    Args:
+        model: with or without a head, which does not count; a supernet is measured by its current
+            genes.
+        length: tokens of the text that attention's share is counted for.
+    """
+    from fastffn.expr import Cost, gene_cost
+
+    base = model.base_model
+    if base.config.supernet is not None:
+        base = extract(base)
+    config = base.config
+    length = min(length, config.max_position_embeddings)
+    found = count(base, length)
+    ffns = sum((gene_cost(g, config.hidden_size) for g in config.parsed_genes()), Cost())
+    return found["params"] - ffns.params, found["macs"] // length - ffns.macs
