@@ -15,7 +15,7 @@ a number of parameters.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..distill.recipe_fields import choice
 from ..errors import UserError
@@ -29,6 +29,27 @@ OBJECTIVES = {
 }
 
 Values = tuple[float, ...]
+
+
+class _Evaluated(NamedTuple):
+    candidate: Candidate
+    quality: float
+    merit: float
+
+
+class Evaluated(_Evaluated):
+    """A finished candidate as proposal methods see it.
+
+    Attributes:
+        candidate: with its costs.
+        quality: more is better; of a candidate that was stopped early, its last.
+        merit: what orders candidates (see `merits`); the quality where none is given.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, candidate: Candidate, quality: float, merit: float | None = None):
+        return super().__new__(cls, candidate, quality, quality if merit is None else merit)
 
 
 def check_objectives(
