@@ -14,15 +14,22 @@ exactly the cost it claims, "uniformly" becomes "nearly", and a window much narr
 may seem empty.
 """
 
+import math
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ..distill.recipe_fields import RecipeError
 
 LIMIT = 12_000
+
+_AMOUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?) ?([kMG]?)")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 Total = tuple[int, ...]
 
@@ -36,10 +43,47 @@ class Shape(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Least and greatest allowed value, both inclusive; None where there is no limit."""
+    """Least and greatest allowed value, both inclusive; None where there is no limit.
 
-    low: int | None = None
-    high: int | None = None
+    Parameters and MACs are whole numbers. Latencies are milliseconds in a `Space`, and whole
+    microseconds (`microseconds`) wherever something is added or compared.
+    """
+
+    low: float | None = None
+    high: float | None = None
+
+    @staticmethod
+    def read(value: Any, path: tuple, whole: bool = True) -> "Window":
+        """The window that a person writes: a maximum or [least, greatest], None: no limit.
+
+        Args:
+            value: numbers, or texts such as "15M", "1.2k", "3G".
+            path: where it stands, for errors.
+            whole: whether the limits must be whole numbers.
+
+        Raises:
+            RecipeError: it is none.
+        """
+        try:
+            if isinstance(value, list | tuple):
+                low, high = (_amount(limit, whole) for limit in value)
+            else:
+                low, high = None, _amount(value, whole)
+        except ValueError:
+            kind = "whole numbers such as 15M" if whole else "milliseconds"
+            said = f"must be a maximum or [least, greatest] in {kind}, not {value!r}"
+            raise RecipeError(path, said) from None
+        if low is not None and high is not None and low > high:
+            raise RecipeError(path, f"has its least, {low:,}, above its greatest, {high:,}")
+        return Window(low, high)
+
+    def microseconds(self) -> "Window":
+        """Of milliseconds."""
+        return Window(*(None if limit is None else round(1000 * limit) for limit in self))
+
+    def less(self, fixed: int) -> "Window":
+        """What remains where `fixed` is spent in any case."""
+        return Window(*(None if limit is None else limit - fixed for limit in self))
 
     def distance(self, value: int) -> float:
         """0 inside, else how far outside, relative to the limit."""
@@ -50,11 +94,33 @@ class Window(NamedTuple):
         return 0.0
 
     def text(self, name: str) -> str:
-        if self.low is None:
-            return f"{name} <= {self.high:,}"
-        if self.high is None:
-            return f"{name} >= {self.low:,}"
-        return f"{self.low:,} <= {name} <= {self.high:,}"
+        """For people; limits as candidates have them."""
+        low, high = (None if limit is None else shown(name, limit) for limit in self)
+        if low is None:
+            return name if high is None else f"{name} <= {high}"
+        return f"{name} >= {low}" if high is None else f"{low} <= {name} <= {high}"
+
+
+def shown(name: str, value: float) -> str:
+    """A candidate's cost for people: a latency, which is in microseconds, as milliseconds."""
+    return f"{value / 1000:.2f} ms" if name == "latency" else f"{value:,}"
+
+
+def _amount(value: Any, whole: bool) -> float | None:
+    """The number that a limit is; a ValueError for what is none."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = _AMOUNT.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(value)
+        value = Fraction(match[1].replace("_", "")) * _UNITS[match[2]]
+        value = int(value) if value.denominator == 1 else float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(value)
+    if not math.isfinite(value) or value < 0 or (whole and value != int(value)):
+        raise ValueError(value)
+    return int(value) if whole else value
 
 
 class ShapeTable:
@@ -107,9 +173,9 @@ class ShapeTable:
             window.distance(value) for window, value in zip(self.windows, total, strict=True)
         )
 
-    def nearest(self) -> Total:
-        """The total that misses the windows by least."""
-        return min(self.ways[0], key=self.distance)
+    def nearest(self) -> list[Shape]:
+        """A combination whose total misses the windows by least."""
+        return self._reach(min(self.ways[0], key=self.distance), Random(0))
 
     def draw(self, rng: Random) -> list[Shape]:
         """One combination, each with the same chance."""
@@ -119,6 +185,10 @@ class ShapeTable:
     def smallest(self) -> list[Shape]:
         """A combination with the least total (by the first cost)."""
         return self._reach(self.totals[0], Random(0))
+
+    def largest(self) -> list[Shape]:
+        """A combination with the greatest total (by the first cost)."""
+        return self._reach(self.totals[-1], Random(0))
 
     def _reach(self, total: Total, rng: Random) -> list[Shape]:
         shapes = []
@@ -132,7 +202,9 @@ class ShapeTable:
 
 
 def _thinned(table: dict[Total, int]) -> dict[Total, int]:
-    """At most `LIMIT` of the totals (a quarter with two costs): the least of every grid cell."""
+    """At most `LIMIT` of the totals (a quarter with two costs, a ninth with three): the least of
+    every grid cell.
+    """
     limit = LIMIT // len(next(iter(table))) ** 2
     if len(table) <= limit:
         return table
@@ -141,10 +213,10 @@ def _thinned(table: dict[Total, int]) -> dict[Total, int]:
     steps = 2 * limit
     while True:
         sizes = [max((high - low) // steps, 1) for low, high in zip(lows, highs, strict=True)]
-        if len(sizes) == 1:
-            cells = [total[0] // sizes[0] for total in totals]
-        else:
-            cells = [(total[0] // sizes[0], total[1] // sizes[1]) for total in totals]
+        cells = [
+            tuple(value // size for value, size in zip(total, sizes, strict=True))
+            for total in totals
+        ]
         if len(set(cells)) <= limit:
             break
         steps = steps * 2 // 3

@@ -38,6 +38,12 @@ def assemble(segments: Segments) -> Expr:
     return segments.epilogue.substitute({"z2": down})
 
 
+def plain(gated: bool = False) -> Segments:
+    """The function that stands for all of its kind: gelu, or swish of the gate times the other."""
+    middle = Expr.call("mul", Expr.call("swish", ZG), Z1) if gated else Expr.call("gelu", Z1)
+    return Segments(X, middle, Z2)
+
+
 def places(expr: Expr, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Expr]]:
     """Every node with the operand numbers that lead to it from the root."""
     yield path, expr

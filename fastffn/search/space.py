@@ -1,56 +1,35 @@
 """The search space: one gene per layer, what each may be, and the budget that all together must
 meet.
 
-A `Candidate` is a tuple of genes, one per layer, in canonical spelling. Its cost comes from the
-genes alone (`expr.cost`), no model is built. Two candidates whose genes compute the same functions
-at the same widths have the same fingerprint and count as one. Functions come from `grammar`, stacks
-and widths from `budget`; a space with `functions` or `shapes` given searches only the rest, which
-is how the stages of a coarse-to-fine search narrow it.
+A `Candidate` costs what its genes say (`expr.cost`, and `latency_table` where one was measured), no
+model is built. Functions come from `grammar`, stacks and widths from `budget`, what a layer may
+have from `rules`; a space with `functions` or `shapes` given searches only the rest, which is how
+the stages of a coarse-to-fine search narrow it.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
 from ..errors import UserError
-from ..expr import PRIMITIVES, Cost, Expr, Gene, gene_cost
-from ..expr.tree import MAX_HEIGHT
-from .budget import Shape, ShapeTable, Window
-from .grammar import LINEARS, Grammar
+from ..expr import Cost, Expr, Gene, gene_cost
+from . import space_text
+from .budget import Shape, ShapeTable, Window, shown
+from .candidate import Candidate
+from .grammar import Grammar, assemble, plain
+from .latency_table import LatencyTable, Target
+from .rules import DEFAULT_PRIMITIVES, Rules
 
-# EfficientBERT's; gelu_erf is in the table too but differs from gelu by less than a search can tell
-DEFAULT_PRIMITIVES = (
-    *("add", "mul", "max"),
-    *("gelu", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "swish"),
-)
+__all__ = ["DEFAULT_PRIMITIVES", "Candidate", "Space", "frozen"]
+
 ANY = Window()  # no limit
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One gene per layer, with the cost of all layers' feed-forward networks and the space's rest.
-
-    Attributes:
-        genes: in canonical spelling, first layer first.
-        params, macs: trainable numbers, and multiply-accumulates per token.
-        fingerprint: sixteen hexadecimal digits, equal for candidates that compute the same.
-    """
-
-    genes: tuple[Gene, ...]
-    params: int
-    macs: int
-    fingerprint: str
-
-    @property
-    def texts(self) -> list[str]:
-        return [str(gene) for gene in self.genes]
-
-    def __str__(self) -> str:
-        return ", ".join(self.texts)
+HERE = Target()
+COSTS = ("params", "macs", "latency")  # what a budget may limit: attributes of a candidate
+_DRAWS = 8  # of functions for one combination of shapes under a latency budget
 
 
 @dataclass(frozen=True)
@@ -67,9 +46,14 @@ class Space:
         ratios: allowed ratios; texts such as "1/2" are taken too.
         base: width over hidden width before the ratio.
         gated: whether genes with gate(x) are searched beside those without.
+        layers: layer -> the six from primitives to gated (base apart) that are others there.
         params: budget on a candidate's parameters: None, a maximum, or (low, high), either end
-        None.
+            None; texts such as "15M" are taken too.
         macs: budget on its multiply-accumulates per token, likewise.
+        latency: budget on its latency on the target in milliseconds, likewise.
+        target: where latency counts; its fields as a mapping are taken too.
+        table: latencies that were measured there (`latency.measure`), also as a mapping or the path
+            of a file; without it no member of a space with a latency budget can be told.
         rest_params, rest_macs: what the model has besides the feed-forward networks; added to every
             candidate's cost, so that a budget can speak of whole models.
         functions: one expression per layer; if given, only stacks and ratios are searched.
@@ -78,54 +62,33 @@ class Space:
     The defaults are EfficientBERT's (arXiv 2109.07222).
 
     Raises:
-        UserError: a value that makes no sense, or no member (then the nearest cost is said).
+        UserError: a value that makes no sense. Whether there is a member is asked later, by
+            whatever needs one.
     """
 
     hidden_size: int
     num_layers: int
-    primitives: tuple[str, ...] = DEFAULT_PRIMITIVES
-    heights: tuple[int, int] = (3, 7)
-    max_nodes: int = 20
-    stacks: tuple[int, ...] = (1, 2, 3, 4)
-    ratios: tuple[Fraction, ...] = tuple(Fraction(1, n) for n in (1, 2, 3, 4))
+    primitives: tuple[str, ...] = Rules.primitives
+    heights: tuple[int, int] = Rules.heights
+    max_nodes: int = Rules.max_nodes
+    stacks: tuple[int, ...] = Rules.stacks
+    ratios: tuple[Fraction, ...] = Rules.ratios
     base: int = 1
-    gated: bool = False
+    gated: bool = Rules.gated
     params: Window = ANY
     macs: Window = ANY
     rest_params: int = 0
     rest_macs: int = 0
     functions: tuple[str, ...] | None = None
     shapes: tuple[str, ...] | None = None
+    layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    latency: Window = ANY
+    target: Target = HERE
+    table: LatencyTable | None = field(default=None, hash=False)
 
     def __post_init__(self):
-        def store(name, value):
+        for name, value in space_text.checked(self).items():
             object.__setattr__(self, name, value)
-
-        for name in ("hidden_size", "num_layers", "base", "max_nodes"):
-            if not _whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise UserError(f"space: {name} must be a positive integer")
-        unknown = [name for name in self.primitives if name not in PRIMITIVES]
-        if unknown:
-            known = ", ".join(PRIMITIVES)
-            raise UserError(f"space: unknown primitive {unknown[0]!r}; known: {known}")
-        store("primitives", tuple(dict.fromkeys(self.primitives)))
-        heights = tuple(self.heights)
-        if len(heights) != 2 or not all(map(_whole, heights)) or heights[0] > heights[1]:
-            raise UserError("space: heights must be two integers, least and greatest")
-        if heights[1] > MAX_HEIGHT or heights[1] <= LINEARS:
-            raise UserError(f"space: the greatest height must be {LINEARS + 1} to {MAX_HEIGHT}")
-        store("heights", heights)
-        if not self.stacks or not all(_whole(n) and n > 0 for n in self.stacks):
-            raise UserError("space: stacks must be positive integers")
-        store("stacks", tuple(sorted(set(self.stacks))))
-        store("ratios", _ratios(self.ratios, self.base, self.hidden_size))
-        store("params", _window(self.params, "params"))
-        store("macs", _window(self.macs, "macs"))
-        for name in ("functions", "shapes"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.num_layers:
-                raise UserError(f"space: {name} must have one entry per layer, {self.num_layers}")
-            store(name, None if value is None else tuple(str(entry) for entry in value))
         self._fixed_shapes, self._fixed_functions  # noqa: B018  refuse what cannot be read at once
 
     # -- texts
@@ -137,27 +100,51 @@ class Space:
         Raises:
             UserError: an unknown or missing key, or as the class itself.
         """
-        known = {field.name for field in fields(Space)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"space: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        missing = {"hidden_size", "num_layers"} - set(values)
-        if missing:
-            raise UserError(f"space: {min(missing)} is missing")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return Space(**values)
+        return space_text.from_dict(values)
+
+    @staticmethod
+    def read(path: str | Path) -> "Space":
+        """The space that a YAML file describes, with the attributes as keys.
+
+        Raises:
+            UserError: as `from_dict`, with the file's line.
+        """
+        return space_text.read(Path(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["ratios"] = [str(ratio) for ratio in self.ratios]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """Plain values for JSON or YAML; `from_dict` gives an equal space."""
+        return space_text.to_dict(self)
+
+    def describe(self) -> str:
+        """A few lines for people: what is searched, how much of it, from which cost to which.
+
+        Raises:
+            UserError: there is no member.
+        """
+        return space_text.describe(self)
 
     # -- members
 
     @cached_property
-    def grammar(self) -> Grammar:
-        return Grammar(self.primitives, self.heights, self.max_nodes)
+    def rules(self) -> tuple[Rules, ...]:
+        """What each layer may have."""
+        common = {field.name: getattr(self, field.name) for field in fields(Rules)}
+        return tuple(
+            Rules(**{**common, **self.layers.get(layer, {})}) for layer in range(self.num_layers)
+        )
+
+    def grammar(self, layer: int) -> Grammar:
+        """The functions that a layer may have."""
+        return self.rules[layer].grammar
+
+    @property
+    def count(self) -> int:
+        """Number of combinations of stacks and widths within the budget; functions not counted.
+
+        With a budget on latency: of those that meet it with plain functions. Nearly right where
+        totals are too many to be kept apart (see `budget`).
+        """
+        return self._shape_table.count
 
     def narrow(self, ratio: Fraction) -> bool:
         """Whether the inner width is at most the hidden width, so that x may stand inside."""
@@ -169,8 +156,9 @@ class Space:
         Raises:
             UserError: it is no member; the layer and the reason are said.
         """
-        if len(genes) != self.num_layers:
-            raise UserError(f"{len(genes)} genes for {self.num_layers} layers: give one per layer")
+        if isinstance(genes, str) or len(genes) != self.num_layers:
+            number = 1 if isinstance(genes, str) else len(genes)
+            raise UserError(f"{number} genes for {self.num_layers} layers: give one per layer")
         read = []
         for layer, gene in enumerate(genes):
             gene = Gene.parse(gene, self.base) if isinstance(gene, str) else gene
@@ -179,10 +167,10 @@ class Space:
             if problem:
                 raise UserError(f"layer {layer}, gene {gene}: not in the search space, {problem}")
             read.append(gene)
-        candidate = self._candidate(tuple(read))
-        for name, window in self._windows:
+        candidate = Candidate.of(read, self._cost(read))
+        for name, window in self.budgets:
             if window.distance(getattr(candidate, name)):
-                found = f"{name} = {getattr(candidate, name):,}"
+                found = f"{name} = {shown(name, getattr(candidate, name))}"
                 raise UserError(f"{candidate}: {found} is outside the budget {window.text(name)}")
         return candidate
 
@@ -190,9 +178,9 @@ class Space:
         """Why the layer cannot have this gene, the budget apart; None if it can."""
         if gene.base != self.base:
             return f"its base is {gene.base}, not {self.base}"
-        if Shape(gene.stack, gene.ratio, gene.gated) not in self.costs[layer]:
-            known = {f"{s.stack}x{s.ratio}" for s in self.costs[layer] if s.gated == gene.gated}
-            allowed = ", ".join(sorted(known)) or "none"
+        if _shape(gene) not in self.costs[layer]:
+            known = sorted({s[:2] for s in self.costs[layer] if s.gated == gene.gated})
+            allowed = ", ".join(f"{stack}x{ratio}" for stack, ratio in known) or "none"
             what = "gated " if gene.gated else ""
             return f"{what}{gene.stack}x{gene.ratio} is not among the allowed: {allowed}"
         if self.functions is not None:
@@ -200,84 +188,143 @@ class Space:
             return None if gene.expr.canonical() == wanted else f"its function must be {wanted}"
         if "x" in gene.segments.middle.inputs and not self.narrow(gene.ratio):
             return "x stands between up and down, which are wider than x"
-        return self.grammar.problem(gene.expr)
+        return self.grammar(layer).problem(gene.expr)
 
     def random(self, rng: Random) -> Candidate:
         """A random member: stacks and widths evenly among those in the budget, functions at random.
 
+        Under a budget on latency, for which functions matter too, the shapes are those that meet it
+        with plain functions; functions are drawn anew where the whole does not meet it, and at last
+        made plain in one layer after the other.
+
         Raises:
             UserError: there is no member.
         """
-        return self._filled(self._members.draw(rng), rng)
+        shapes = self._members.draw(rng)
+        for _ in range(_DRAWS):
+            genes = [self._gene(layer, shape, rng) for layer, shape in enumerate(shapes)]
+            candidate = self.in_budget(genes)
+            if candidate is not None:
+                return candidate
+        for layer in rng.sample(range(self.num_layers), self.num_layers):
+            genes[layer] = self._gene(layer, shapes[layer])
+            candidate = self.in_budget(genes)
+            if candidate is not None:
+                break
+        return candidate
 
     def smallest(self) -> Candidate:
-        """The member with the fewest parameters, with plain functions where the space has them.
+        """The member of the least cost (the first with a budget, else parameters), as plain as the
+        space allows.
 
         Raises:
             UserError: there is no member.
         """
-        return self._filled(self._members.smallest(), Random(0), plain=True)
+        return self._plainest(self._members.smallest())
+
+    def largest(self) -> Candidate:
+        """The member of the greatest cost, likewise."""
+        return self._plainest(self._members.largest())
 
     def plain(self, activation: str = "gelu") -> list[Candidate]:
         """The members with one shape and down(activation(up(x))) in every layer, largest first."""
         text, found = f"down({activation}(up(x)))", []
-        for stack in self.stacks:
-            for ratio in self.ratios:
-                try:
-                    found.append(self.candidate([f"{stack}x{ratio} {text}"] * self.num_layers))
-                except UserError:
-                    continue  # outside the budget, or the activation is not in the space
+        for shape in self.costs[0]:
+            gene = f"{shape.stack}x{shape.ratio} {text}"
+            try:
+                found += [] if shape.gated else [self.candidate([gene] * self.num_layers)]
+            except UserError:
+                continue  # outside the budget, or a layer cannot have it
         return sorted(found, key=lambda candidate: -candidate.params)
 
     def in_budget(self, genes: Sequence[Gene]) -> Candidate | None:
         """The candidate if its cost meets the budget. Expects genes that `problem` finds right."""
         cost = self._cost(genes)  # before the fingerprint, which takes a hundred times longer
-        if any(window.distance(getattr(cost, name)) for name, window in self._windows):
+        if any(window.distance(cost[name]) for name, window in self.budgets):
             return None
-        return self._candidate(tuple(gene.canonical() for gene in genes))
+        return Candidate.of([gene.canonical() for gene in genes], cost)
+
+    @cached_property
+    def budgets(self) -> list[tuple[str, Window]]:
+        """The costs that are limited, by the names of a candidate's attributes; latency in
+        microseconds.
+
+        Raises:
+            UserError: a budget on latency without a table.
+        """
+        windows = {"params": self.params, "macs": self.macs, "latency": self.latency.microseconds()}
+        if self.latency != ANY and self.table is None:
+            raise UserError(
+                f"space: a budget on latency needs measurements on {self.target}: make a table "
+                "with fastffn.search.latency.measure and give it as table"
+            )
+        return [(name, window) for name, window in windows.items() if window != ANY]
 
     @cached_property
     def costs(self) -> list[dict[Shape, Cost]]:
         """For each layer the shapes that it may have, with what they cost."""
-        return [self._shapes(layer) for layer in range(self.num_layers)]
+        return [
+            {shape: gene_cost(gene, self.hidden_size) for shape, gene in genes.items()}
+            for genes in self._examples
+        ]
 
     # -- inside
 
-    @property
-    def _windows(self) -> list[tuple[str, Window]]:
-        """The budgets that are set; without any, the parameters, to know the smallest."""
-        both = [("params", self.params), ("macs", self.macs)]
-        return [(name, window) for name, window in both if window != ANY] or both[:1]
+    @cached_property
+    def _examples(self) -> list[dict[Shape, Gene]]:
+        """For each layer the shapes that it may have, with the plainest gene of each."""
+        return [self._layer_examples(layer) for layer in range(self.num_layers)]
+
+    def _layer_examples(self, layer: int) -> dict[Shape, Gene]:
+        rules = self.rules[layer]
+        pairs = [(stack, ratio) for stack in rules.stacks for ratio in rules.ratios]
+        if self._fixed_shapes is not None:
+            pairs = [self._fixed_shapes[layer]]
+        genes = {}
+        for stack, ratio in pairs:
+            narrow = self.narrow(ratio)
+            if self._fixed_functions is not None:
+                gene = Gene(stack, ratio, self._fixed_functions[layer], self.base)
+                found = [gene] if narrow or "x" not in gene.segments.middle.inputs else []
+            else:
+                kinds = (False, True)[: 1 + rules.gated]
+                exprs = [_plainest(rules.grammar, gated, narrow) for gated in kinds]
+                found = [Gene(stack, ratio, expr, self.base) for expr in exprs if expr is not None]
+            genes |= {_shape(gene): gene for gene in found}
+        return genes
+
+    @cached_property
+    def _shape_table(self) -> ShapeTable:
+        """Of all combinations of shapes, each with the cost of its plainest genes."""
+        names = [name for name, _ in self.budgets] or ["params"]  # to know the smallest
+        options = []
+        for layer, (genes, rules) in enumerate(zip(self._examples, self.rules, strict=True)):
+            if not genes:
+                primitives = ", ".join(rules.primitives) or "(none)"
+                raise UserError(
+                    f"space: layer {layer} can have no gene: with primitives {primitives} and "
+                    f"heights {rules.heights[0]} to {rules.heights[1]} no function fits between up "
+                    "and down; allow more of them"
+                )
+            costs = {shape: self._layer_cost(layer, gene) for shape, gene in genes.items()}
+            options.append(
+                [(shape, tuple(cost[name] for name in names)) for shape, cost in costs.items()]
+            )
+        windows = dict(self.budgets) or {"params": ANY}
+        return ShapeTable(options, [windows[name].less(self._rest[name]) for name in names])
 
     @cached_property
     def _members(self) -> ShapeTable:
-        windows = self._windows
-        options = [
-            [
-                (shape, tuple(getattr(cost, name) for name, _ in windows))
-                for shape, cost in shapes.items()
-            ]
-            for shapes in self.costs
-        ]
-        rest = [getattr(self, f"rest_{name}") for name, _ in windows]
-        inner = [
-            Window(*(None if limit is None else limit - fixed for limit in window))
-            for (_, window), fixed in zip(windows, rest, strict=True)
-        ]
-        empty = [layer for layer, shapes in enumerate(options) if not shapes]
-        if empty:
-            raise UserError(
-                f"space: layer {empty[0]} can have no gene: with primitives "
-                f"{', '.join(self.primitives) or '(none)'} and heights {self.heights[0]} to "
-                f"{self.heights[1]} no function fits between up and down; allow more of them"
-            )
-        table = ShapeTable(options, inner)
+        """The combinations of shapes, if there is one within the budget."""
+        table = self._shape_table
         if not table.totals:
-            wanted = " and ".join(window.text(name) for name, window in windows)
-            near = zip(windows, table.nearest(), rest, strict=True)
-            found = ", ".join(f"{name} = {value + more:,}" for (name, _), value, more in near)
+            wanted = " and ".join(window.text(name) for name, window in self.budgets)
+            found = self._cost(
+                [genes[shape] for genes, shape in zip(self._examples, table.nearest(), strict=True)]
+            )
+            costs = ", ".join(f"{name} = {shown(name, cost)}" for name, cost in found.items())
             raise UserError(
-                f"no candidate meets the budget {wanted}: the nearest has {found}; "
+                f"no candidate meets the budget {wanted}: the nearest has {costs}; "
                 "change the budget or allow other stacks and ratios"
             )
         return table
@@ -296,90 +343,38 @@ class Space:
         return [(gene.stack, gene.ratio) for gene in read]
 
     @cached_property
-    def _kinds(self) -> set[tuple[bool, bool]]:
-        """The (gated, narrow) for which the grammar has functions."""
-        kinds = [
-            (gated, narrow) for gated in (False, True)[: 1 + self.gated] for narrow in (True, False)
-        ]
-        return {kind for kind in kinds if self.grammar.random(Random(0), *kind) is not None}
+    def _rest(self) -> dict[str, int]:
+        """What every candidate costs besides its genes, by the names of its attributes."""
+        rest = {"params": self.rest_params, "macs": self.rest_macs}
+        return rest if self.table is None else rest | {"latency": round(self.table.rest)}
 
-    def _shapes(self, layer: int) -> dict[Shape, Cost]:
-        pairs = [(stack, ratio) for stack in self.stacks for ratio in self.ratios]
-        if self._fixed_shapes is not None:
-            pairs = [self._fixed_shapes[layer]]
-        shapes = {}
-        for stack, ratio in pairs:
-            if self._fixed_functions is not None:
-                gene = Gene(stack, ratio, self._fixed_functions[layer], self.base)
-                if self.narrow(ratio) or "x" not in gene.segments.middle.inputs:
-                    shapes[Shape(stack, ratio, gene.gated)] = gene_cost(gene, self.hidden_size)
-                continue
-            for gated, narrow in sorted(self._kinds):
-                if narrow == self.narrow(ratio):
-                    expr = Expr.parse(_GATED if gated else _PLAIN, _ARITY)
-                    gene = Gene(stack, ratio, expr, self.base)
-                    shapes[Shape(stack, ratio, gated)] = gene_cost(gene, self.hidden_size)
-        return shapes
+    def _gene(self, layer: int, shape: Shape, rng: Random | None = None) -> Gene:
+        """A gene of this shape with a random function; without `rng` the plainest."""
+        gene = self._examples[layer][shape]
+        if rng is None or self._fixed_functions is not None:
+            return gene
+        narrow = self.narrow(shape.ratio)
+        expr = self.grammar(layer).random(rng, shape.gated, narrow)
+        return gene if expr is None else gene.with_(expr=expr.canonical())
 
-    def _filled(self, shapes: Sequence[Shape], rng: Random, plain: bool = False) -> Candidate:
-        """A candidate of these shapes."""
-        genes = []
-        for layer, shape in enumerate(shapes):
-            if self._fixed_functions is not None:
-                expr = self._fixed_functions[layer]
-            else:
-                expr = Expr.parse(_GATED if shape.gated else _PLAIN, _ARITY)
-                if not plain or self.grammar.problem(expr):
-                    expr = self.grammar.random(rng, shape.gated, self.narrow(shape.ratio))
-            genes.append(Gene(shape.stack, shape.ratio, expr, self.base).canonical())
-        return self._candidate(tuple(genes))
+    def _plainest(self, shapes: Sequence[Shape]) -> Candidate:
+        genes = [self._gene(layer, shape).canonical() for layer, shape in enumerate(shapes)]
+        return Candidate.of(genes, self._cost(genes))
 
-    def _cost(self, genes: Sequence[Gene]) -> Cost:
-        cost = Cost(self.rest_params, self.rest_macs)
-        for shapes, gene in zip(self.costs, genes, strict=True):
-            cost += shapes[Shape(gene.stack, gene.ratio, gene.gated)]
-        return cost
+    def _layer_cost(self, layer: int, gene: Gene) -> dict[str, int]:
+        cost = self.costs[layer][_shape(gene)]
+        found = {"params": cost.params, "macs": cost.macs}
+        if self.table is not None:
+            found["latency"] = self.table.of(gene, self.hidden_size)
+        return found
 
-    def _candidate(self, genes: tuple[Gene, ...]) -> Candidate:
-        cost = self._cost(genes)
-        text = " ".join(f"{gene.stack}x{gene.ratio}-{_meaning(gene.expr)}" for gene in genes)
-        digest = hashlib.sha256(f"{self.base} {text}".encode()).hexdigest()[:16]
-        return Candidate(genes, cost.params, cost.macs, digest)
-
-
-_PLAIN, _GATED = "down(gelu(up(x)))", "down(mul(swish(gate(x)), up(x)))"
-_ARITY = {name: primitive.arity for name, primitive in PRIMITIVES.items()}
-_ARITY |= dict.fromkeys(("up", "gate", "down"), 1)
-
-
-@lru_cache(maxsize=100_000)
-def _meaning(expr: Expr) -> str:
-    """Fingerprint of the function alone, at ratio 1: it is the same function at every width."""
-    return Gene(1, Fraction(1), expr).fingerprint()
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _ratios(values: Sequence[Fraction | str | int], base: int, hidden: int) -> tuple[Fraction, ...]:
-    try:
-        ratios = sorted({Fraction(value) for value in values})
-    except (ValueError, TypeError, ZeroDivisionError):
-        raise UserError('space: ratios must be numbers such as "1/2"') from None
-    if not ratios or any(int(ratio * base * hidden) < 1 for ratio in ratios):
-        raise UserError(f"space: every ratio must leave a width of at least 1 of {hidden}")
-    return tuple(ratios)
-
-
-def _window(value: Any, name: str) -> Window:
-    window = Window(None, value) if value is None or _whole(value) else Window(*value)
-    low, high = window
-    if not all(limit is None or (_whole(limit) and limit >= 0) for limit in window) or (
-        low is not None and high is not None and low > high
-    ):
-        raise UserError(f"space: {name} must be a maximum or [least, greatest], in whole numbers")
-    return window
+    def _cost(self, genes: Sequence[Gene]) -> dict[str, int]:
+        """By the names of a candidate's attributes."""
+        total = dict(self._rest)
+        for layer, gene in enumerate(genes):
+            for name, value in self._layer_cost(layer, gene).items():
+                total[name] += value
+        return total
 
 
 def frozen(space: Space, candidate: Candidate, what: str) -> Space:
@@ -387,3 +382,16 @@ def frozen(space: Space, candidate: Candidate, what: str) -> Space:
     if what == "functions":
         return replace(space, functions=tuple(str(gene.expr) for gene in candidate.genes))
     return replace(space, shapes=tuple(f"{gene.stack}x{gene.ratio}" for gene in candidate.genes))
+
+
+def _shape(gene: Gene) -> Shape:
+    return Shape(gene.stack, gene.ratio, gene.gated)
+
+
+@lru_cache(maxsize=1000)
+def _plainest(grammar: Grammar, gated: bool, narrow: bool) -> Expr | None:
+    """The plain function of a kind where the grammar has it, else one that it has; None: none."""
+    expr = assemble(plain(gated)).canonical()
+    if grammar.problem(expr):
+        expr = grammar.random(Random(0), gated, narrow)
+    return expr and expr.canonical()

@@ -39,7 +39,7 @@ def cross(space: Space, first: Candidate, second: Candidate, rng: Random) -> Can
         if space.functions is None and rng.random() < 0.3:
             layer = rng.randrange(space.num_layers)
             gene, other = genes[layer], rng.choice((first, second)).genes[layer]
-            expr = space.grammar.cross(gene.expr, other.expr, rng, space.narrow(gene.ratio))
+            expr = space.grammar(layer).cross(gene.expr, other.expr, rng, space.narrow(gene.ratio))
             genes[layer] = gene if expr is None else gene.with_(expr=expr)
         if tuple(genes) in (first.genes, second.genes):
             continue
@@ -52,7 +52,7 @@ def cross(space: Space, first: Candidate, second: Candidate, rng: Random) -> Can
 def _function(space: Space, genes: list[Gene], rng: Random) -> list[Gene] | None:
     layer = rng.randrange(len(genes))
     gene = genes[layer]
-    expr = space.grammar.mutate(gene.expr, rng, space.narrow(gene.ratio))
+    expr = space.grammar(layer).mutate(gene.expr, rng, space.narrow(gene.ratio))
     return None if expr is None else _with(genes, layer, gene.with_(expr=expr))
 
 
@@ -81,7 +81,7 @@ def _reshaped(
     if gene.gated != shape.gated or ("x" in gene.segments.middle.inputs and not narrow):
         if space.functions is not None:
             return None
-        expr = space.grammar.random(rng, shape.gated, narrow)
+        expr = space.grammar(layer).random(rng, shape.gated, narrow)
         if expr is None:
             return None
     return _with(genes, layer, gene.with_(stack=shape.stack, ratio=shape.ratio, expr=expr))
