@@ -170,6 +170,36 @@ def test_memory_is_bounded():
         assert shared.bytes == 3 * (3 * 7 + 2 * 9) * 18 * 4
 
 
+def test_candidates_of_several_depths():
+    model, (batch, _) = supernet(), batches()
+    networks = [
+        (GENES, None),
+        ([GENES[0], GENES[1]], [0, 2]),
+        ([GENES[0], GENES[2]], [0, 2]),
+        (GENES[:1], [2]),
+        ([GENES[0], GENES[1], GENES[0]], None),
+    ]
+
+    def judge(shared=None):
+        found = []
+        with torch.inference_mode():
+            for genes, layers in networks:
+                model.set_genes(genes, layers)
+                if shared is None:
+                    found.append(model(**batch).last_hidden_state)
+                    continue
+                with shared.batch(0):
+                    found.append(model(**batch).last_hidden_state)
+        return found
+
+    alone = judge()
+    with SharedPrefixes(model) as shared:
+        for a, b in zip(judge(shared), alone, strict=True):
+            assert torch.equal(a, b)
+        # first attention; first layer and the attention of layer 2; then other layers come first
+        assert shared.saved == 0 + 1 + 3 + 0 + 0
+
+
 def test_changed_weights_are_noticed():
     model = supernet()
     with SharedPrefixes(model) as shared:

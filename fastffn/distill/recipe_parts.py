@@ -166,6 +166,8 @@ class Stage:
         train: parts that are trained, others are not; empty: all.
         replacing: the student's layers stand in for the teacher's by this schedule (Theseus).
         subnetworks: of a supernet: how many learn at a step, largest and smallest among them.
+        depths: with subnetworks: numbers of layers that smaller ones may have (elastic depth,
+            DynaBERT, arXiv 2004.04037); none: all layers always.
         projections: helper parameters at the start of the stage: kept from the one before, or new.
         cache: keep the teacher's outputs on disk.
         enabled: false leaves the stage out.
@@ -192,6 +194,7 @@ class Stage:
     train: tuple[str, ...] = ()
     replacing: Schedule | None = None
     subnetworks: int | None = None
+    depths: tuple[int, ...] = ()
     projections: Literal["keep", "new"] = "keep"
     cache: bool = False
     enabled: bool = True
@@ -224,6 +227,10 @@ class Stage:
             raise UserError(f"student {list(self.student)}: give one model, or different ones")
         if self.subnetworks is not None and self.subnetworks < 2:
             raise UserError(f"subnetworks {self.subnetworks}: at least 2, largest and smallest")
+        if self.depths and self.subnetworks is None:
+            raise UserError("depths are those of sub-networks: give subnetworks too")
+        if len(set(self.depths)) < len(self.depths) or min(self.depths, default=1) < 1:
+            raise UserError(f"depths {list(self.depths)}: give different numbers of layers, from 1")
 
     @property
     def needs_teacher(self) -> bool:

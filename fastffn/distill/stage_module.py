@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastffn.distill.architectures import Encoder
 from fastffn.distill.reading import LOGITS, read
 from fastffn.distill.replacing import Replacing
+from fastffn.distill.sharing import read_each
 from fastffn.distill.stopwatch import Stopwatch
 from fastffn.distill.subnetworks import Sandwich
 from fastffn.distill.terms import Sizes, Term
@@ -80,26 +81,31 @@ class StageModule(nn.Module):
     ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, student in self.students.items():
-            variants = self.sandwich.at(step) if self.sandwich else [None]
-            for genes in variants:
-                if genes is not None:
-                    student.set_genes(genes)
-                for loss, value in self._losses(name, student, batch, theirs, step).items():
-                    values[loss] = values.get(loss, 0) + value / len(variants)
+            every = self._read(name, student, batch, step)
+            for ours in every:
+                for loss, value in self._losses(name, ours, theirs, batch).items():
+                    values[loss] = values.get(loss, 0) + value / len(every)
         if self.replacing is not None:
             first = next(iter(values))
             values[first] = values[first] + self.replacing.nothing(step)
         return values
 
-    def _losses(self, name, student, batch, theirs, step) -> dict[str, Tensor]:
-        terms = self.terms[name]
-        names = [read for term in terms.values() for read in term.student_reads]
+    def _read(self, name, student, batch, step) -> list[dict[str, object]]:
+        """What the losses read of the student, or of each sub-network."""
+        names = [read for term in self.terms[name].values() for read in term.student_reads]
         mixed = contextlib.nullcontext()
         if self.replacing is not None:
             mixed = self.replacing.mixed(step)
         with self.watch("student"), mixed:
-            ours = read(student, batch, names)
+            if self.sandwich is not None:
+                return read_each(student, self.sandwich.at(step), batch, names)
+            return [read(student, batch, names)]
+
+    def _losses(self, name, ours, theirs, batch) -> dict[str, Tensor]:
+        """Of one network; those on layers that a sub-network leaves out are left out."""
         with self.watch("loss"):
             return {
-                self._name(name, loss): term(ours, theirs, batch) for loss, term in terms.items()
+                self._name(name, loss): term(ours, theirs, batch)
+                for loss, term in self.terms[name].items()
+                if any(read in ours for read in term.student_reads)
             }

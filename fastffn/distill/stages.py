@@ -199,7 +199,7 @@ class StageRun:
         """What later stages need beside the students; a supernet is left at its largest."""
         if module.sandwich is not None:
             (supernet,) = module.students.values()
-            supernet.set_genes(module.sandwich.largest)
+            supernet.set_genes(*module.sandwich.largest)
         for student, terms in module.terms.items():
             for loss, term in terms.items():
                 self.helpers[student, loss] = {k: v.clone() for k, v in term.state_dict().items()}

@@ -4,9 +4,10 @@
     term = options.build(student_sizes, teacher_sizes)    a module, with its projections if it has
     value = term(ours, theirs, batch)                     a mean; `term.counted` says over what
 
-`ours` and `theirs` are what `reading.read` gives: "hidden.3", "q.11", "logits" and so on. Helper
-parameters (projections) are the term's own, so they are trained and checkpointed with the student
-and stay behind when it is exported.
+`ours` and `theirs` are what `reading.read` gives: "hidden.3", "q.11", "logits" and so on. Of layers
+that a sub-network leaves out `ours` has nothing, and a sum over layers is one over the others.
+Helper parameters (projections) are the term's own, so they are trained and checkpointed with the
+student and stay behind when it is exported.
 
 A term's value is a mean over the things it counts: "examples", "tokens" (real ones), "pairs" (of
 real tokens of one example), "squares" (pairs of all tokens, padding too) or "labels". A step that
@@ -181,6 +182,7 @@ class _Scores(Term):
                 batch["attention_mask"],
             )
             for here, there in self.pairs
+            if f"scores.{here}" in ours
         )
 
 
@@ -231,7 +233,9 @@ class _Hidden(Term):
         losses = [*self.losses] * (len(self.student_reads) // len(self.losses))
         places = zip(losses, self.student_reads, self.teacher_reads, strict=True)
         mask = batch["attention_mask"]
-        return sum(loss(ours[here], theirs[there], mask) for loss, here, there in places)
+        return sum(
+            loss(ours[here], theirs[there], mask) for loss, here, there in places if here in ours
+        )
 
 
 @dataclass(frozen=True)

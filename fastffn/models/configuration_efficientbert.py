@@ -15,6 +15,7 @@ measured on what the code builds, so this preset builds it too. The table's mode
 `preset("++", genes=[...])` with every ratio times 3/2.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -65,6 +66,7 @@ class EfficientBertConfig(PreTrainedConfig):
         recompute: see `fastffn.FFN`.
         supernet: None, or {"max_stack": n, "max_width": I, "gated": bool}: the layers hold
             `ElasticFFN`s of that size and `genes` are the ones that run at first.
+        kept_layers: of a supernet: indices of the layers that run at first, rising; None: all.
 
     Raises:
         UserError: a value is out of range, or the genes do not fit the layers.
@@ -92,6 +94,7 @@ class EfficientBertConfig(PreTrainedConfig):
     sentence_pooling: str | None = None
     recompute: str = "none"
     supernet: dict | None = None
+    kept_layers: list | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any):
@@ -127,6 +130,24 @@ class EfficientBertConfig(PreTrainedConfig):
             )
         return [Gene.parse(gene, base=self.ffn_base) for gene in self.genes]
 
+    def checked_layers(self, layers: Sequence[int] | None) -> list[int] | None:
+        """Indices of the layers that a supernet runs; None for all of them.
+
+        Raises:
+            UserError: none, not rising, not there, or of a model that is no supernet.
+        """
+        count = self.num_hidden_layers
+        if layers is None or list(layers) == list(range(count)):
+            return None
+        kept = list(layers)
+        if not kept or kept != sorted(set(kept) & set(range(count))):
+            raise UserError(
+                f"layers {kept}: give indices from 0 to {count - 1}, each once, in rising order"
+            )
+        if self.supernet is None:
+            raise UserError("kept_layers: only a supernet leaves layers out")
+        return kept
+
     def check(self) -> None:
         """Raises a UserError that names the first value which no model can be built from."""
         for name in _PROBABILITIES:
@@ -159,6 +180,7 @@ class EfficientBertConfig(PreTrainedConfig):
                 f'sentence_pooling: expected "mean", "cls" or None, got {self.sentence_pooling!r}'
             )
         size = None if self.supernet is None else self._supernet_size()
+        self.kept_layers = self.checked_layers(self.kept_layers)
         for gene in self.parsed_genes():
             gene.width(self.hidden_size)
             if size is not None:

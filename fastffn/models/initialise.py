@@ -195,27 +195,40 @@ def supernet_from_teacher(
 
 @torch.no_grad()
 def extract(
-    supernet: EfficientBertPreTrainedModel, genes: Sequence[Gene | str] | None = None
+    supernet: EfficientBertPreTrainedModel,
+    genes: Sequence[Gene | str] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> EfficientBertPreTrainedModel:
-    """The stand-alone model of `genes` (None: the current ones) with copies of their weights.
+    """The stand-alone model of a sub-network, with copies of its weights.
 
     Works for the model with or without a head; outputs are the supernet's for these genes.
 
+    Args:
+        genes: one for each layer of the result; None: the current ones of these layers.
+        layers: those of the supernet that it takes over, rising; None: all, or without genes those
+            that run now.
+
     Raises:
-        UserError: the model is no supernet, or a gene does not fit it.
+        UserError: the model is no supernet, a gene does not fit it, or layers that it has not.
     """
-    if supernet.config.supernet is None:
+    config = supernet.config
+    if config.supernet is None:
         raise UserError("extract: the model is no supernet")
-    base, layers = supernet.config.ffn_base, supernet.base_model.encoder.layer
-    genes = [as_gene(g, base) for g in (supernet.config.genes if genes is None else genes)]
-    if len(genes) != len(layers):
-        raise UserError(f"genes: {len(genes)} given for {len(layers)} layers")
-    for layer, gene in zip(layers, genes, strict=True):
-        layer.ffn.check_gene(gene)
-    values = supernet.config.to_dict() | {"genes": genes, "supernet": None}
-    model = type(supernet)(type(supernet.config).from_dict(values))
+    if genes is None and layers is None:
+        layers = config.kept_layers
+    kept = config.checked_layers(layers) or list(range(config.num_hidden_layers))
+    given = [config.genes[k] for k in kept] if genes is None else genes
+    genes = [as_gene(gene, config.ffn_base) for gene in given]
+    if len(genes) != len(kept):
+        raise UserError(f"genes: {len(genes)} given for {len(kept)} layers")
+    for k, gene in zip(kept, genes, strict=True):
+        supernet.base_model.encoder.layer[k].ffn.check_gene(gene)
+    changes = {"num_hidden_layers": len(kept), "genes": genes, "supernet": None}
+    changes["kept_layers"] = None
+    model = type(supernet)(type(config).from_dict(config.to_dict() | changes))
     model.to(device=supernet.device, dtype=supernet.dtype).train(supernet.training)
-    model.load_state_dict(leading_slices(supernet.state_dict(), model.state_dict()))
+    weights = _of_layers(supernet.state_dict(), kept)
+    model.load_state_dict(leading_slices(weights, model.state_dict()))
     return model
 
 
@@ -257,6 +270,19 @@ def layer_indices(layers: Sequence[int], count: int) -> list[int]:
         if not -count <= index < count:
             raise UserError(f"layers: the teacher has layers 0 to {count - 1}, not {index}")
     return [index % count for index in layers]
+
+
+def _of_layers(weights: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+    """A model's weights with the kept layers alone, counted anew."""
+    found = {}
+    for name, weight in weights.items():
+        before, stack, after = name.partition("encoder.layer.")
+        index, _, rest = after.partition(".")
+        if not stack:
+            found[name] = weight
+        elif int(index) in kept:
+            found[f"{before}{stack}{kept.index(int(index))}.{rest}"] = weight
+    return found
 
 
 def _shared_config(base: nn.Module, layers: list[int]) -> dict[str, object]:

@@ -189,17 +189,19 @@ class EfficientBertLayer(GradientCheckpointingLayer):
 
 
 class EfficientBertEncoder(nn.Module):
-    """The layers, one after the other."""
+    """The layers, one after the other; of a supernet those in `kept`, None: all."""
 
     def __init__(self, config: EfficientBertConfig):
         super().__init__()
+        self.kept = config.kept_layers
         self.layer = nn.ModuleList(
             EfficientBertLayer(config, gene) for gene in config.parsed_genes()
         )
 
     def walk(self) -> list[tuple[int, EfficientBertLayer]]:
         """The layers that a forward runs, each with its index."""
-        return list(enumerate(self.layer))
+        kept = self.kept
+        return [(k, layer) for k, layer in enumerate(self.layer) if kept is None or k in kept]
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
@@ -226,23 +228,34 @@ class EfficientBertPreTrainedModel(PreTrainedModel):
         "attentions": EfficientBertAttention,
     }
 
-    def set_genes(self, genes: Sequence[Gene | str]) -> None:
-        """Makes a supernet run one gene per layer from now on, and its config say so.
+    def set_genes(self, genes: Sequence[Gene | str], layers: Sequence[int] | None = None) -> None:
+        """Makes a supernet run these genes from now on, and its config say so.
+
+        Args:
+            genes: one for each layer that runs.
+            layers: indices of the layers that run, rising (elastic depth: DynaBERT, arXiv
+                2004.04037); None: all. The others hand on what they get.
 
         Raises:
-            UserError: the model is no supernet, or a gene does not fit it; then nothing changes.
+            UserError: the model is no supernet, a gene does not fit it, or layers that it does not
+                have; then nothing changes.
         """
-        layers = self.base_model.encoder.layer
-        if self.config.supernet is None:
+        encoder, config = self.base_model.encoder, self.config
+        if config.supernet is None:
             raise UserError("set_genes: the model is no supernet; its FFNs have fixed genes")
-        if len(genes) != len(layers):
-            raise UserError(f"genes: {len(genes)} given for {len(layers)} layers")
-        genes = [as_gene(gene, self.config.ffn_base) for gene in genes]
-        texts = [self.config.gene_text(gene) for gene in genes]
-        checked = [layer.ffn.check_gene(gene) for layer, gene in zip(layers, genes, strict=True)]
-        for layer, gene in zip(layers, checked, strict=True):
+        kept = config.checked_layers(layers)
+        running = [encoder.layer[k] for k in kept or range(config.num_hidden_layers)]
+        if len(genes) != len(running):
+            raise UserError(f"genes: {len(genes)} given for {len(running)} layers")
+        genes = [as_gene(gene, config.ffn_base) for gene in genes]
+        texts = dict(zip(running, (config.gene_text(gene) for gene in genes), strict=True))
+        checked = [layer.ffn.check_gene(gene) for layer, gene in zip(running, genes, strict=True)]
+        for layer, gene in zip(running, checked, strict=True):
             layer.ffn.set_gene(gene)
-        self.config.genes = texts
+        config.genes = [
+            texts.get(layer, text) for layer, text in zip(encoder.layer, config.genes, strict=True)
+        ]
+        encoder.kept = config.kept_layers = kept
 
 
 class EfficientBertModel(EfficientBertPreTrainedModel):
