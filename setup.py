@@ -73,8 +73,12 @@ setup(
     ],
     # A public package is called kernels: the folder of that name is ours only below fastffn.
     package_dir={"fastffn": "fastffn", "fastffn.kernels": "kernels"},
-    # Recipes. Without the second line setuptools takes their folder for a package, and warns.
-    package_data={"fastffn.distill": ["recipes/*.yaml"]},
+    # Recipes and found genes. Without the last line setuptools takes their folder for a package, and warns.
+    package_data={
+        "fastffn.distill": ["recipes/*.yaml"],
+        "fastffn.expr.found": ["*.json"],
+        "fastffn.search": ["recipes/*.yaml"],
+    },
     include_package_data=False,
     ext_modules=[Extension("fastffn._C", sources=[], optional=True)],
     cmdclass={"build_ext": NinjaBuild, "build_py": BuildPython},

@@ -1,6 +1,7 @@
 """The language: primitives, expressions, programs, genes and what they cost. Free of torch."""
 
 from .cost import Cost, gene_cost
+from .found import FoundGenes, found_genes
 from .genes import PLAIN, PUBLISHED, Gene, Segments
 from .primitives import PRIMITIVES, Primitive
 from .program import Instruction, Program, backward_program, forward_program
@@ -12,6 +13,7 @@ __all__ = [
     "PUBLISHED",
     "Cost",
     "Expr",
+    "FoundGenes",
     "Gene",
     "Instruction",
     "Primitive",
@@ -19,5 +21,6 @@ __all__ = [
     "Segments",
     "backward_program",
     "forward_program",
+    "found_genes",
     "gene_cost",
 ]
