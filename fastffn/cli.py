@@ -1,4 +1,4 @@
-"""The command line: `fastffn demo | distill | finetune | bench | doctor`.
+"""The command line: `fastffn demo | distill | finetune | search | bench | doctor`.
 
 What goes wrong, and how it ends:
     bad input (UserError)       one line, status 2; an ExprError shows its character in two more
@@ -21,7 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import fastffn
-from fastffn.commands import distill
+from fastffn.commands import distill, search
 from fastffn.errors import ExprError, UserError
 
 _BAD_INPUT, _DEFECT, _INTERRUPTED, _CLOSED_PIPE = 2, 1, 130, 141
@@ -37,6 +37,7 @@ _EXTRAS = {
     "safetensors": "models",
     "scipy": "train",
     "sklearn": "train",
+    "sqlalchemy": "search",
     "tensorboard": "train",
     "tokenizers": "models",
     "transformers": "models",
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     # argparse takes a list of words from one place only: key=value may stand after options too.
     words = [word for word in rest if not word.startswith("-") and "=" in word]
     if words == rest and hasattr(arguments, "overrides"):
@@ -71,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _guarded(arguments)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The arguments, with a command of two words as one."""
+    name = " ".join(argv[:2])
+    return [name, *argv[2:]] if name in search.TWO_WORDS else list(argv)
 
 
 def _guarded(arguments: argparse.Namespace) -> int:
@@ -233,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     distill.add(commands, _add)
+    search.add(commands, _add)
 
     bench = _add(commands, "bench", _bench, "run the benchmarks of a source checkout")
     bench.add_argument("pytest", nargs="*", help="passed on to pytest; put -- before options")

@@ -140,9 +140,15 @@ def _text(name: str) -> str:
 
 def _listed() -> str:
     from fastffn.distill.recipe import shipped
+
+    return listed(shipped())
+
+
+def listed(recipes: Mapping[str, Path]) -> str:
+    """Recipes by name, each with the first sentence of its description."""
     from fastffn.distill.recipe_yaml import parse_file
 
-    found = {name: parse_file(path)[0]["description"] for name, path in shipped().items()}
+    found = {name: parse_file(path)[0]["description"] for name, path in recipes.items()}
     width = max(map(len, found))
     return "\n".join(f"{name:{width}}  {_sentence(text)}" for name, text in found.items())
 

@@ -37,6 +37,7 @@ from ..distill.recipe_fields import RecipeError, build
 from ..distill.recipe_parts import UNSET
 from ..errors import UserError
 from . import recipe_checks
+from .space import Space
 
 __all__ = ["Score", "SearchRecipe", "SearchStage", "locate", "read", "shipped"]
 
@@ -55,7 +56,7 @@ class Score:
         metric: one of the task's metrics, or "loss": minus the weighted loss of a stage, which
             needs no labels. In a recipe: the task's first, or "loss" where a stage is named.
         data: name of the data with the task; None for the loss, whose stage has data.
-        stage: of the loss: name of the distillation stage.
+        stage: of the loss: name of the distillation stage; the last of `train`, if there is one.
         rows: how many are held out.
     """
 
@@ -168,6 +169,30 @@ class SearchRecipe:
     def seed(self) -> int:
         return self.distil.seed
 
+    def space_in(self, config: Any, **values: Any) -> Space:
+        """The space of a supernet's genes.
+
+        Args:
+            config: the supernet's `EfficientBertConfig`: gives hidden_size, num_layers and base.
+            values: of other attributes, where `space` does not say them: rest_params, table.
+
+        Raises:
+            UserError: `space` says another size, or has stacks, ratios or gates that the supernet
+                does not hold; and as `Space`.
+        """
+        size = {
+            "hidden_size": config.hidden_size,
+            "num_layers": config.num_hidden_layers,
+            "base": config.ffn_base,
+        }
+        for name, value in size.items():
+            if self.space.get(name, value) != value:
+                said = f"space.{name} is {self.space[name]}, the supernet's is {value}"
+                raise UserError(f"{said}: leave it out")
+        space = Space.from_dict({**values, **self.space, **size})
+        recipe_checks.check_fits(space, config.supernet)
+        return space
+
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "SearchRecipe":
         """The recipe that plain values describe as a file would; there are no lines to name."""
@@ -192,7 +217,7 @@ class SearchRecipe:
 
 def shipped() -> dict[str, Path]:
     """The search recipes of this package: name -> file."""
-    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def locate(path_or_name: str | Path) -> Path:

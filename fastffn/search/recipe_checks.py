@@ -18,10 +18,11 @@ from .proposals import METHODS
 from .space import Space
 
 if TYPE_CHECKING:
-    from ..distill.recipe import Recipe, Stage
-    from .recipe import Score, SearchStage
+    from ..distill.recipe import ModelSpec, Recipe, Stage
+    from .recipe import SearchStage
 
 _STUDENTS = ("supernet", "candidate")
+_SOME_WIDTH = 768  # stands for a hidden size that only the model knows
 
 
 def metrics(task: object) -> tuple[str, ...]:
@@ -46,7 +47,7 @@ def check(distil: "Recipe", space: Mapping[str, Any], search: Sequence["SearchSt
             "is no supernet: give it supernet: {max_stack: ..., max_width: ...}, or load: the "
             "directory of one",
         )
-    _check_space(space)
+    _check_space(space, supernet)
     _check_students(distil.stages)
     if not search:
         raise RecipeError(("search",), "is empty: give at least one stage")
@@ -65,16 +66,62 @@ def check(distil: "Recipe", space: Mapping[str, Any], search: Sequence["SearchSt
         if not stage.train and not trained:
             said = "is empty, and nothing has trained the supernet before: name stages in one of"
             raise RecipeError((*path, "train"), f"{said} train and supernet")
-        _check_score(stage.score, distil, stages, (*path, "score"))
+        _check_score(stage, distil, stages, (*path, "score"))
         _check_methods(stage, path)
     _check_used(stages, search)
 
 
-def _check_space(space: Mapping[str, Any]) -> None:
+def _check_space(values: Mapping[str, Any], supernet: "ModelSpec") -> None:
+    """Checks the values as far as the recipe says what the supernet is like."""
     known = [field.name for field in dataclasses.fields(Space)]
-    for key in space:
+    for key in values:
         if key not in known:
             raise RecipeError(("space", key), f"is unknown: {choice(key, known)}")
+    options = dict(supernet.supernet or {})
+    if isinstance(options.get("layers"), list):
+        options["layers"] = len(options["layers"])
+    options = {name: value for name, value in options.items() if isinstance(value, int)}
+    layers = options.get("num_hidden_layers", options.get("layers"))
+    layers = values.get("num_layers", layers)
+    if layers is None:
+        return
+    hidden = values.get("hidden_size", options.get("hidden_size"))
+    size = {"num_layers": layers, "base": values.get("base", options.get("ffn_base", 1))}
+    size["hidden_size"] = _SOME_WIDTH if hidden is None else hidden
+    space = Space.from_dict({**values, **size})
+    if hidden is None:
+        options.pop("max_width", None)
+    if supernet.supernet is not None:
+        check_fits(space, options)
+
+
+def check_fits(space: Space, size: Mapping[str, Any]) -> None:
+    """Refuses a space with what a supernet does not hold.
+
+    Args:
+        size: of the supernet: max_stack, max_width, gated; a limit that is absent is not checked.
+
+    Raises:
+        RecipeError: the first stack, ratio or gate that does not fit, with its path.
+    """
+    size = {"gated": False, **size}
+    for layer, rules in enumerate(space.rules):
+        stack, ratio = max(rules.stacks), max(rules.ratios)
+        width = int(ratio * space.base * space.hidden_size)
+        for key, said, name, needed in (
+            ("stacks", f"goes to {stack}", "max_stack", stack),
+            ("ratios", f"goes to {ratio}, {width} columns", "max_width", width),
+            ("gated", "is true", "gated", rules.gated),
+        ):
+            if name not in size or needed <= size[name]:
+                continue
+            own = ("layers", str(layer)) if key in space.layers.get(layer, {}) else ()
+            has = f"the supernet's {name} is {_yaml(size[name])}: change this, or that to"
+            raise RecipeError(("space", *own, key), f"{said}, and {has} {_yaml(needed)}")
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_students(stages: Sequence["Stage"]) -> None:
@@ -100,22 +147,39 @@ def _check_named(
 
 
 def _check_score(
-    score: "Score", distil: "Recipe", stages: Mapping[str, "Stage"], path: tuple
+    stage: "SearchStage", distil: "Recipe", stages: Mapping[str, "Stage"], path: tuple
 ) -> None:
+    score = stage.score
     if score.metric == "loss":
-        if score.stage not in stages:
-            raise RecipeError((*path, "stage"), f"is {score.stage}: {choice(score.stage, stages)}")
+        at, name = (*path, "stage"), score.stage
+        if name not in stages:
+            raise RecipeError(at, f"is {name}: {choice(name, stages)}")
+        if stage.train and name != stage.train[-1]:
+            said = f"is {name}, and a candidate's losses are those it is trained by last"
+            raise RecipeError(at, f"{said}: {stage.train[-1]}")
+        _check_rows(distil.data[stages[name].data].task, at)
         return
+    at = (*path, "data")
     if score.data not in distil.data:
-        raise RecipeError((*path, "data"), f"is {score.data}: {choice(score.data, distil.data)}")
-    spec = distil.data[score.data]
-    if spec.task is None:
+        raise RecipeError(at, f"is {score.data}: {choice(score.data, distil.data)}")
+    task = distil.data[score.data].task
+    if task is None:
         said = f"is {score.data}, which is text: name data with a task, or give stage for its loss"
-        raise RecipeError((*path, "data"), said)
-    known = metrics(spec.task)
+        raise RecipeError(at, said)
+    _check_rows(task, at)
+    known = metrics(task)
     if score.metric not in known:
         said = f"is {score.metric}, which the task has not: {choice(score.metric, known)}"
         raise RecipeError((*path, "metric"), said)
+
+
+def _check_rows(task: object, path: tuple) -> None:
+    """Refuses questions: windows of one context overlap, so that none can be held out."""
+    known = TASKS.get(task) if isinstance(task, str) else None
+    kind = task.get("kind") if isinstance(task, Mapping) else known and known.kind
+    if kind == "qa":
+        said = "is a task of questions, of which no rows can be held out: name other data"
+        raise RecipeError(path, said)
 
 
 def _check_methods(stage: "SearchStage", path: tuple) -> None:
