@@ -1,10 +1,11 @@
 """Measures the latency table of a search space on the target device (`latency_table` uses it).
 
 Everything is timed interleaved in one run, in inference mode, as in `evaluate.latency`: each round
-runs every part once in a rotating order, and differences are taken within rounds before the median,
-so that a machine that slows down for a while slows both sides. What is timed is a stack of `UNITS`
-units with weights of their own: one unit alone would find its weights in the nearest cache and pay
-for a call and a synchronisation by itself.
+runs every part once in a rotating order. A part's time is that of its best tenth of rounds, and not
+the median: differences of times are wanted, some of a few per cent, and where other processes have
+their share of the machine, a long part is nearly always interrupted and a short one hardly ever.
+What is timed is a stack of `UNITS` units with weights of their own: one unit alone would find its
+weights in the nearest cache and pay for a call and a synchronisation by itself.
 
 An operation is timed as a chain of `CHAIN` of it after `down`, in the narrowest unit, where it is
 the largest part; what a model has besides its feed-forward networks, as the whole model minus these
@@ -12,7 +13,6 @@ networks run one after the other.
 """
 
 import copy
-import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def measure(
     target: Target | None = None,
     model: nn.Module | None = None,
     progress: Progress | None = None,
-    rounds: int = 30,
+    rounds: int = 100,
     seconds: float = 20.0,
 ) -> LatencyTable:
     """The latency table of all widths and operations that a space allows.
@@ -181,22 +181,22 @@ def _table(
     parts: Mapping[str, Gene],
     times: Mapping[str, Sequence[float]],
 ) -> LatencyTable:
-    def more(name: str, than: str) -> float:
-        differences = map(operator.sub, times[name], times[than])
-        return max(0.0, statistics.median(differences))
-
+    best = {
+        name: statistics.quantiles(found, n=10, method="inclusive")[0]
+        for name, found in times.items()
+    }
     operations = {
-        name: more(name, _NARROWEST) / (UNITS * CHAIN * hidden_size)
+        name: max(0.0, best[name] - best[_NARROWEST]) / (UNITS * CHAIN * hidden_size)
         for name in parts
         if name in PRIMITIVES
     }
     units = {
-        name: statistics.median(times[name]) / UNITS
+        name: best[name] / UNITS
         for name in parts
         if name not in (*PRIMITIVES, _PROLOGUE, _NARROWEST)
     }
-    before = more(_PROLOGUE, _NARROWEST) / UNITS - hidden_size * operations["gelu"]
-    rest = more(_MODEL, _FFNS) if _MODEL in times else 0.0
+    before = (best[_PROLOGUE] - best[_NARROWEST]) / UNITS - hidden_size * operations["gelu"]
+    rest = max(0.0, best[_MODEL] - best[_FFNS]) if _MODEL in times else 0.0
     return LatencyTable(target, rest, units, operations, max(0.0, before))
 
 
