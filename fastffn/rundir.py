@@ -154,6 +154,11 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self.work.rmdir()  # stays if something in it does
 
+    def reopen(self) -> None:
+        """Makes a finished run one that goes on, with all of its phases finished."""
+        del self._state["report"]
+        self._write()
+
     def _read(self, fresh: bool) -> dict[str, Any] | None:
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))

@@ -80,7 +80,7 @@ def run(
     # Until a checkpoint or the teacher's outputs are there, nothing is lost with another recipe.
     begun = [*(out / "work").glob("*/checkpoint-*"), *(out / "work").glob("outputs-*")]
     free = () if begun else ("data",)
-    options = _flat(recipe.to_mapping())
+    options = flat(recipe.to_mapping())
     directory = RunDirectory(out, options, fresh, _CONTENTS, free, writes=processes.first)
     if directory.finished:
         if processes.first:
@@ -188,32 +188,35 @@ def _report(made: Prepared, processes: Processes, results: Mapping[str, Any]) ->
         },
         "metrics": results[last.name]["metrics"],
         "stages": dict(results),
-        "device": _device(processes),
+        "device": device_name(processes.device),
         "processes": processes.count,
-        "versions": {
-            "fastffn": fastffn.__version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _VERSIONS},
-        },
+        "versions": versions(),
     }
 
 
-def _device(processes: Processes) -> str:
-    if processes.device.type == "cuda":
-        return torch.cuda.get_device_name(processes.device)
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Of fastffn, Python and what a run stands on."""
+    found = {name: importlib.metadata.version(name) for name in (*_VERSIONS, *more)}
+    return {"fastffn": fastffn.__version__, "python": platform.python_version(), **found}
+
+
+def device_name(device: torch.device) -> str:
+    """What a run ran on, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The recipe as dotted keys, so that a difference can be named."""
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe as dotted keys, so that a difference can be named; without how it is run."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if not prefix and key in _HOW_NOT_WHAT:
             continue
         if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
             value = {str(x.get("name", k)): x for k, x in enumerate(value)}
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
