@@ -73,8 +73,8 @@ setup(
     ],
     # A public package is called kernels: the folder of that name is ours only below fastffn.
     package_dir={"fastffn": "fastffn", "fastffn.kernels": "kernels"},
-    # Recipes and found genes. Without include_package_data=False setuptools takes folders of recipes
-    # for packages, and warns.
+    # Recipes and found genes. Without include_package_data=False setuptools takes the folders of
+    # recipes for packages, and warns.
     package_data={
         "fastffn.distill": ["recipes/*.yaml"],
         "fastffn.expr.found": ["*.json"],
