@@ -1,4 +1,4 @@
-"""What all pictures share: colours, a figure without a window, files that are whole or absent.
+"""What all pictures share: colours, numbers as text, a figure without a window, whole files.
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; shape or label says
 the same again. Drawn without pyplot, so that no window system and no global state is involved.
@@ -50,3 +50,11 @@ def save(drawn: Any, path: str | Path) -> Path:
     with atomic_path(path) as temporary:
         drawn.savefig(temporary, format=kind, **extra)
     return path
+
+
+def amount(number: float) -> str:
+    """A number with three digits and a unit, as pictures and tables write it: 1.18M, 225k, 96."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

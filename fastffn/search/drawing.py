@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from ..expr import Gene, gene_cost
-from ..figures import BLACK, BLUE, GREY, figure
+from ..figures import BLACK, BLUE, GREY, amount, figure
 from .gene_graph import CIRCLE, Edge, Node, layered
 
 _HEIGHT, _PITCH = 0.27, 0.47  # of a box, from level to level
@@ -108,7 +108,7 @@ class _Panel:
         self.name = f"layer {first}" if first == last else f"layers {first} to {last}"
         units = f"{gene.stack} unit{'s' * (gene.stack > 1)}"
         size = len(layers) * gene_cost(gene, hidden).params
-        self.details = f"{units}, ratio {gene.ratio}\n{_amount(size)} parameters"
+        self.details = f"{units}, ratio {gene.ratio}\n{amount(size)} parameters"
 
     def draw(self, ax: Any, left: float, bottom: float) -> None:
         """Draws the frame with its lower left corner there, the caption below it."""
@@ -225,7 +225,3 @@ def _box(ax, node: Node, x: float, y: float) -> None:
         ax.add_patch(FancyBboxPatch((x - w, y - h), 2 * w, 2 * h, style, facecolor=fill, **look))
     size = 9.5 if node.kind == "plus" else 7.8
     ax.text(x, y, node.label, fontsize=size, ha="center", va="center", color=BLACK, zorder=4)
-
-
-def _amount(number: int) -> str:
-    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
