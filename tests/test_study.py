@@ -158,17 +158,34 @@ def test_a_killed_search_keeps_what_is_finished_and_repeats_what_was_not(tmp_pat
     assert [r["quality"] for r in study.candidates()] == [r["quality"] for r in whole.candidates()]
 
 
+DEADLY = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_study import SPACE, quality
+from fastffn.search import Study
+
+deadly = SPACE.plain()[0]
+
+def evaluate(genes):
+    if genes == deadly.genes:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return quality(genes)
+
+Study(SPACE, evaluate, {folder!r}).run(3, seeds=[deadly])
+"""
+
+
 def test_a_candidate_that_kills_its_process_is_given_up(tmp_path):
-    study = Study(SPACE, quality, tmp_path)
-    deadly = SPACE.plain()[0]
-    study._queue(deadly)
-    for _ in range(3):
-        assert study._study.ask().user_attrs["fingerprint"] == deadly.fingerprint
-        study = Study(SPACE, quality, tmp_path)  # the process died with the trial running
-        study._revive()
-    study.run(3)
-    assert deadly.fingerprint not in fingerprints(study)
+    folder, tests = str(tmp_path / "run"), str(Path(__file__).parent)
+    script = DEADLY.format(tests=tests, folder=folder)
+    ends = [subprocess.run([sys.executable, "-c", script]).returncode for _ in range(4)]
+    assert ends == [-signal.SIGKILL] * 3 + [0]
+    study = Study(SPACE, quality, folder)
+    assert SPACE.plain()[0].fingerprint not in fingerprints(study)
     assert len(study.candidates()) == 2  # the one given up counts as tried
+    assert study.counts() == {
+        **{"settled": 3, "finished": 2, "pruned": 0, "diverged": 1, "running": 0, "waiting": 0}
+    }
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -202,20 +219,6 @@ def test_a_diverged_candidate_has_no_quality_and_is_not_tried_again(tmp_path):
         study.run(trials, "evolution")
     assert len(calls) == len(set(calls)) == 6
     assert len(study.candidates()) == 3
-
-
-def test_one_process_at_a_time_in_a_run_directory(tmp_path):
-    study = Study(SPACE, quality, tmp_path)
-
-    def evaluate(genes):
-        with pytest.raises(UserError, match="another process is searching in"):
-            study.run(1)
-        return quality(genes)
-
-    Study(SPACE, evaluate, tmp_path).run(1)
-    assert len(study.candidates()) == 1  # reading is free
-    study.run(2)
-    assert len(study.candidates()) == 2
 
 
 def test_another_space_is_refused_with_the_difference(tmp_path):

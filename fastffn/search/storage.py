@@ -1,23 +1,30 @@
-"""Where a study lives: memory, an SQLite file in a run directory, or a database by its URL.
+"""Where studies live: memory, an SQLite file in a run directory, or a database by its URL.
 
-A run directory belongs to one process at a time: `exclusive` locks it while candidates are being
-evaluated, and the operating system drops the lock when the process dies, however it dies. So
-whatever the file says is running when the lock is taken was killed. A database by URL may serve
-many processes; there Optuna's heartbeats tell the dead from the living.
+Any number of processes may work on the same directory or database: what must happen once is
+decided by the database (see `claims`), writers wait for each other, and signs of life tell the dead
+from the living. SQLite serves the processes of one machine; for many machines take PostgreSQL.
 """
 
 import contextlib
-import fcntl
 import logging
+import sqlite3
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
+from .claims import Claims, DatabaseClaims, MemoryClaims
 
 FILE = "search.sqlite3"
 
-_HEARTBEAT = 60  # seconds between two signs of life of a worker on a shared database
+GRACE = 3  # heartbeats that may stay away before a worker counts as dead
+_HEARTBEAT_HERE, _HEARTBEAT_ELSEWHERE = 10, 60  # seconds between two: directory, URL
+_LOCKED = 60  # seconds that a writer waits for the others of an SQLite file
+_CONNECT = 10  # seconds until a database server counts as unreachable
+_OPENINGS = 8  # tries of making the tables while other workers do the same
+_OTHERS = ("already exists", "UNIQUE", "unique", "duplicate", "locked")  # what it then says
 
 
 def import_optuna():
@@ -37,79 +44,149 @@ def quiet(optuna) -> Iterator[None]:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
     finally:
         optuna.logging.set_verbosity(before)
 
 
 class Storage:
-    """An Optuna storage and who may write to it.
+    """A place for studies. One object serves any number of studies of a process.
 
     Args:
         place: None for memory; a directory, which gets the file `search.sqlite3`; or an
             SQLAlchemy URL such as postgresql://host/name.
+        heartbeat: whole seconds between two signs of life of a worker; after three without, its
+            candidate goes to another. Default: 10 in a directory, 60 at a URL. Workers of the same
+            machine are found dead at once, without.
+        create: False: a directory without a search is refused.
 
     Attributes:
         backend: what `optuna.create_study` takes.
-        shared: whether other processes may be evaluating candidates of the same study.
+        lonely: nobody but this object can write to it.
+        grace: seconds without a sign of life after which a worker is dead.
 
     Raises:
-        UserError: no such database, or a file that is none.
+        UserError: no such database, a file that is none, or a driver that is not installed.
     """
 
-    def __init__(self, place: str | Path | None):
-        optuna = import_optuna()
-        self.folder: Path | None = None
-        self.shared = False
+    def __init__(self, place: str | Path | None, heartbeat: int | None = None, create: bool = True):
+        self._optuna = optuna = import_optuna()
+        self.lonely = place is None
+        self.place = "memory"
+        self.grace = 0.0
         if place is None:
             self.backend = optuna.storages.InMemoryStorage()
+            self._claims: dict[int, MemoryClaims] = {}
             return
         if "://" in str(place):
-            self.shared, url, options = True, str(place), {"heartbeat_interval": _HEARTBEAT}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
-            options["heartbeat_stale_trial_callback"] = retry
+            url, interval = str(place), heartbeat or _HEARTBEAT_ELSEWHERE
         else:
-            self.folder = Path(place)
-            if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(f"{place} is a file: give the run directory for the search")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            url = f"sqlite:///{self.folder.resolve() / FILE}"
-            options = {"engine_kwargs": {"connect_args": {"timeout": 60}}}
-        with quiet(optuna), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.backend = _connect(optuna, url, options)
+            url, interval = _file_url(Path(place), create), heartbeat or _HEARTBEAT_HERE
+        if interval < 1 or int(interval) != interval:
+            raise UserError("heartbeat: give whole seconds, at least 1")
+        self.place = _hidden(url) if "://" in str(place) else str(place)
+        self.grace = GRACE * interval
+        with quiet(optuna):
+            self._database = _open(optuna, url, self.place, interval)
+            self.backend = optuna.storages.get_storage(self._database)  # with Optuna's cache
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keeps other processes from evaluating in the same run directory; nothing elsewhere.
+    def claims(self, study: str) -> Claims:
+        """The claims of the study of that name, which must exist."""
+        number = self.backend.get_study_id_from_name(study)
+        if self.lonely:
+            return self._claims.setdefault(number, MemoryClaims())
+        return DatabaseClaims(self._database.engine, number)
+
+    def names(self) -> list[str]:
+        """Names of the studies, oldest first."""
+        return [study.study_name for study in self.backend.get_all_studies()]
+
+    def attributes(self, name: str) -> dict[str, Any]:
+        """The attributes of a study.
 
         Raises:
-            UserError: another process does so at the moment.
+            UserError: there is no study of that name; those that are there are named.
         """
-        if self.folder is None:
-            yield
-            return
-        with (self.folder / "search.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another process is searching in {self.folder}: wait for it, or take another "
-                    "run directory"
-                ) from None
-            yield
+        try:
+            number = self.backend.get_study_id_from_name(name)
+        except KeyError:
+            known = ", ".join(self.names()) or "none"
+            raise UserError(f"no study {name!r} in {self.place}; there are: {known}") from None
+        return self.backend.get_study_user_attrs(number)
 
 
-def _connect(optuna, url: str, options: dict):
+def _file_url(folder: Path, create: bool) -> str:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the run directory for the search")
+    if not create and not (folder / FILE).exists():
+        raise UserError(f"no search in {folder}: it has no {FILE}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run directory {folder}: {error.strerror}") from None
+    return f"sqlite:///{folder.resolve() / FILE}"
+
+
+def _open(optuna, url: str, shown: str, interval: int):
+    """Optuna's storage with its tables and ours."""
+    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    try:
-        return optuna.storages.RDBStorage(url, **options)
-    except (SQLAlchemyError, ImportError, optuna.exceptions.OptunaError, RuntimeError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise UserError(f"cannot open the search's database {_hidden(url)}: {reason}") from error
+    for opening in range(_OPENINGS):
+        try:
+            driver = make_url(url).get_backend_name()
+            options: dict[str, Any] = {"pool_pre_ping": True}  # the server may have restarted
+            if driver == "sqlite":
+                options = {"connect_args": {"timeout": _LOCKED, "factory": _SQLite}}
+            elif driver == "postgresql":
+                options["connect_args"] = {"connect_timeout": _CONNECT}
+            database = _patient(optuna)(
+                url,
+                engine_kwargs=options,
+                heartbeat_interval=interval,
+                grace_period=GRACE * interval,
+            )
+            DatabaseClaims.create(database.engine)
+            return database
+        except ImportError as error:
+            raise UserError(_driver(shown, error)) from None
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+            reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+            if opening + 1 < _OPENINGS and any(word in reason for word in _OTHERS):
+                time.sleep(0.1 * (opening + 1))  # another worker makes the tables right now
+                continue
+            raise UserError(f"cannot open the search's database {shown}: {reason}") from error
+
+
+class _SQLite(sqlite3.Connection):
+    """A connection that does not wait for the disk at every commit, and whose readers do not wait
+    for writers. A killed process loses nothing; what a power cut loses is the latest candidates."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA journal_mode = WAL")
+        self.execute("PRAGMA synchronous = NORMAL")
+
+
+def _patient(optuna):
+    """Optuna's storage for databases, where a sign of life that fails is missed, not fatal: the
+    thread that gives them would end with the first error, and a healthy worker be given up."""
+
+    class PatientStorage(optuna.storages.RDBStorage):
+        def record_heartbeat(self, trial_id: int) -> None:
+            with contextlib.suppress(optuna.exceptions.StorageInternalError):
+                super().record_heartbeat(trial_id)
+
+    return PatientStorage
+
+
+def _driver(shown: str, error: ImportError) -> str:
+    module = getattr(error.__cause__, "name", None) or "its driver"
+    install = '"fastffn[postgresql]"' if module == "psycopg" else module
+    return f"cannot open the search's database {shown}: it needs {module}: pip install {install}"
 
 
 def _hidden(url: str) -> str:
@@ -119,5 +196,5 @@ def _hidden(url: str) -> str:
 
     try:
         return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return url
+    except (ArgumentError, ValueError):  # no URL: nothing of it that may be secret is repeated
+        return f"{url.split('://')[0]}://..."

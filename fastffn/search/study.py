@@ -1,33 +1,37 @@
 """The study: candidates, what they cost and how good they are, on an Optuna study that survives.
 
-Every candidate is one Optuna trial that carries its genes, fingerprint and cost as user attributes
-and its quality as the objective value. A candidate is first queued with all of these in one
-transaction and then run by `study.optimize`: whatever is killed in between, a trial says what it
-was, and heartbeats, which exist only inside `optimize`, work on shared databases.
+Every candidate is claimed (`claims`), then queued as an Optuna trial that carries its genes,
+fingerprint and costs, then judged inside `study.optimize`, where the trial gives signs of life.
+Any number of processes may run the same study: the claims keep them from judging a candidate
+twice, the queue gives work to whoever is free, and what a dead worker had goes back to it.
+Optuna's parameters, values and intermediate values are filled in, for its dashboard and plots.
 
-Why not Optuna parameters for the genes: a categorical parameter must name its choices beforehand.
+Why not ask and tell: Optuna's heartbeats exist only inside `optimize`. Why heartbeats and not
+leases of our own: they are what Optuna's tools show.
 """
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from ..errors import UserError
-from ..expr import Gene
-from .proposals import Evaluated, Proposal, proposal
+from . import ledger, merit
+from .judging import Evaluate, Judge
+from .merit import Evaluated, front
+from .proposals import Proposal, RandomProposal, proposal
+from .queue import Queue
 from .space import Candidate, Space
 from .storage import Storage, import_optuna, quiet
 
-Evaluate = Callable[[tuple[Gene, ...]], float]
 Progress = Callable[[dict[str, Any], int, int], None]
 
-_SPACE = "fastffn.space"  # study attribute: what the space was
-_CARRIED = ("genes", "fingerprint", "params", "macs")  # attributes that a retry takes over
-_MAX_KILLS = 3  # a candidate that takes the process with it this often is given up
+_SPACE, _OBJECTIVES = "fastffn.space", "fastffn.objectives"  # attributes of the study
+_PLAN, _NOTE = "fastffn.plan", "fastffn.note."
 _REPEATS = 300  # proposals in a row that are all known before the space counts as exhausted
+_POLL = (0.05, 1.0)  # seconds between two looks at what others do: first, and at most
 
 
 class Study:
@@ -35,225 +39,333 @@ class Study:
 
     Args:
         space: where candidates come from.
-        evaluate: takes the genes, one per layer; returns the quality, where more is better. Not a
-            finite number: the candidate diverged; it is never tried again and has no quality.
-        storage: run directory, database URL, or None for memory only.
+        evaluate: takes the genes, one per layer; returns the quality, where more is better, or an
+            iterator of qualities of rising fidelity, of which the last counts; after each but the
+            last, candidates that are not among the best 1/`reduction` are stopped. Not a finite
+            number: the candidate diverged; it is never tried again and has no quality. None: the
+            study is only read.
+        storage: run directory, database URL, None for memory only, or a `Storage`.
         name: several studies may share one storage under different names.
         seed: of the proposals. With the same seed and evaluation, a study on one process gives
             the same candidates whether or not it was interrupted.
+        objectives: names of `merit.OBJECTIVES`, "quality" first.
+        reduction: of successive halving (arXiv 1810.05934).
+        heartbeat: seconds between two signs of life (see `Storage`).
 
     Raises:
-        UserError: the storage cannot be opened, or holds a study of that name over another space
-            (the difference is said).
+        UserError: the storage cannot be opened, the space has no member, or the storage holds a
+            study of that name over another space (the difference is said) or other objectives.
     """
 
     def __init__(
         self,
         space: Space,
-        evaluate: Evaluate,
-        storage: str | Path | None = None,
+        evaluate: Evaluate | None,
+        storage: str | Path | Storage | None = None,
         name: str = "search",
         seed: int = 0,
+        objectives: Sequence[str] = ("quality",),
+        reduction: float = 3,
+        heartbeat: int | None = None,
     ):
+        space.smallest()  # refuses a space without members
         self.space = space
         self.evaluate = evaluate
         self.name = name
         self.seed = seed
+        self.objectives = merit.check_objectives(objectives, space)
+        if reduction <= 1:
+            raise UserError(f"reduction {reduction}: give more than 1, such as 3")
+        self.reduction = reduction
         self._optuna = import_optuna()
-        self._storage = Storage(storage)
-        self._known: dict[str, Candidate] = {}
+        self._storage = storage if isinstance(storage, Storage) else Storage(storage, heartbeat)
+        from .sampler import GeneSampler
+
+        sampler = GeneSampler(space)
         with quiet(self._optuna):
             self._study = self._optuna.create_study(
                 storage=self._storage.backend,
                 study_name=name,
-                direction="maximize",
+                directions=[merit.OBJECTIVES[objective] for objective in self.objectives],
                 load_if_exists=True,
-                sampler=self._optuna.samplers.RandomSampler(),  # unused: genes are not parameters
-                pruner=self._optuna.pruners.NopPruner(),
+                sampler=sampler,
+                pruner=self._optuna.pruners.NopPruner(),  # successive halving is ours
             )
-        self._same_space()
+        self._same_study()
+        self._queue = Queue(self._study, self._storage, space, sampler)
+        self._ledger = self._queue.ledger
+        self._history: tuple[int, list[Evaluated]] = (0, [])
+
+    @staticmethod
+    def load(
+        storage: str | Path | Storage,
+        name: str = "search",
+        evaluate: Evaluate | None = None,
+        heartbeat: int | None = None,
+    ) -> "Study":
+        """A study that exists, with the space and the settings that it was made and run with.
+
+        Raises:
+            UserError: no such storage or study; the names of those that are there are said.
+        """
+        if not isinstance(storage, Storage):
+            storage = Storage(storage, heartbeat, create=False)
+        attributes = storage.attributes(name)
+        if _SPACE not in attributes:
+            raise UserError(f"study {name} was not made by fastffn")
+        plan = attributes.get(_PLAN, {})
+        settings = {key: plan[key] for key in ("seed", "reduction") if key in plan}
+        space = Space.from_dict(attributes[_SPACE])
+        objectives = attributes[_OBJECTIVES]
+        return Study(space, evaluate, storage, name, objectives=objectives, **settings)
 
     # -- running
 
     def run(
         self,
         n_trials: int,
-        propose: str | Proposal = "random",
+        propose: str | Mapping[str, Any] | Proposal = "random",
         seeds: Iterable[Candidate] = (),
         progress: Progress | None = None,
-    ) -> None:
-        """Evaluates until `n_trials` candidates are finished, those of earlier runs included.
+        batch: int = 1,
+        random: int = 0,
+        stop: Callable[[], bool] | None = None,
+    ) -> int:
+        """Evaluates until `n_trials` candidates are settled, by whichever process, those of earlier
+        runs included: judged, stopped early, diverged or given up.
 
         Candidates that a killed or interrupted run left unfinished come first, then `seeds` that
         are new, then proposals. Ends early where every member of the space was tried.
 
         Args:
-            propose: "random", "evolution" or an object with `propose(history, rng)`.
-            progress: called after each candidate with its record (see `candidates`; quality None
-                where it diverged), the number finished and `n_trials`.
+            propose: name of a method, a mapping with "method" and its options, or an object with
+                `propose(history, rng)`.
+            progress: called after each candidate, of other processes too, with its record (see
+                `candidates`; quality None where it has none), the number settled and `n_trials`.
+            batch: so many proposals are claimed and queued at once, sorted by their genes, so that
+                neighbours share their first layers.
+            random: the first candidates, seeds included, that are drawn by chance.
+            stop: asked between candidates; True ends the run.
+
+        Returns:
+            How many candidates this call judged.
 
         Raises:
-            UserError: another process is searching in the same run directory.
-            Exception: whatever `evaluate` raises; the candidate is tried again by the next run.
+            UserError: an unknown method, a seed that is no member, or a study that is only read.
+            Exception: whatever `evaluate` raises; the candidate is tried again by the next look of
+                any worker.
         """
+        if batch < 1 or random < 0:
+            raise UserError("a study needs a batch of at least 1 and random of at least 0")
         method = proposal(propose, self.space)
-        with self._storage.exclusive(), quiet(self._optuna):
-            if not self._storage.shared:
-                self._revive()
-            known = self._fingerprints()
-            for seed in seeds:
-                if seed.fingerprint not in known:
-                    self._queue(seed)
-                    known.add(seed.fingerprint)
-            while (done := self._count()) < n_trials:
-                if not self._trials("WAITING"):
-                    candidate = self._fresh(method)
-                    if candidate is None:
-                        return
-                    self._queue(candidate)
-                last: list[Any] = []
-                keep = [lambda study, trial, last=last: last.append(trial)]
-                self._study.optimize(self._judge, n_trials=1, callbacks=keep)
-                if progress is not None:
-                    progress(_record(last[0]), done + 1, n_trials)
+        plan = {
+            "trials": n_trials,
+            "random": random,
+            "propose": dict(propose) if isinstance(propose, Mapping) else propose,
+            "batch": batch,
+            "seed": self.seed,
+            "objectives": list(self.objectives),
+            "reduction": self.reduction,
+        }
+        if not isinstance(propose, str | Mapping):
+            plan["propose"] = None  # an object, which other processes cannot have
+        if self.plan != plan:
+            self._study.set_user_attr(_PLAN, plan)
+        return self._run(plan, method, seeds, progress, stop)
+
+    def join(self, progress: Progress | None = None, stop: Callable[[], bool] | None = None) -> int:
+        """Evaluates as the plan says that another process left in the study by `run`.
+
+        Raises:
+            UserError: nobody ran the study yet, or its proposals come from an object of the process
+                that runs it.
+        """
+        plan = self.plan
+        if plan is None or plan["propose"] is None:
+            why = "nobody has run it yet" if plan is None else "its proposals have no name"
+            raise UserError(f"study {self.name}: cannot join, {why}")
+        return self._run(plan, proposal(plan["propose"], self.space), (), progress, stop)
 
     def inherit(self, finished: Iterable[Evaluated]) -> None:
         """Takes over what another study found, as far as it is new and a member of this space.
 
         They count as known and guide the proposals, but not as this study's trials.
         """
-        known = self._fingerprints()
-        for candidate, quality in finished:
+        self._ledger.refresh()
+        known = set(self._ledger.fingerprints)
+        for seen in finished:
             try:
-                member = self.space.candidate(candidate.genes)
+                member = self.space.candidate(seen.candidate.genes)
             except UserError:
                 continue
             if member.fingerprint not in known:
                 known.add(member.fingerprint)
-                attributes = {**_attributes(member), "inherited": True}
-                trial = self._optuna.create_trial(value=quality, user_attrs=attributes)
-                self._study.add_trial(trial)
+                more = {ledger.INHERITED: True, ledger.RUNGS: [seen.quality]}
+                self._queue.add(member, more, merit.values(member, seen.quality, self.objectives))
 
     # -- results
 
     def candidates(self) -> list[dict[str, Any]]:
-        """Every finished candidate with a quality, in order: plain dictionaries.
+        """Every settled candidate with a quality, those inherited first: plain dictionaries.
 
-        Keys: number, genes (texts, one per layer), params, macs, quality, seconds, fingerprint,
-        inherited.
+        Keys: number (the slot; None if inherited), genes (texts, one per layer), params, macs,
+        latency (microseconds or None), quality (of the highest fidelity that was reached), rungs
+        (all qualities, by rising fidelity), pruned (stopped early), seconds, fingerprint,
+        inherited, worker (host:pid or None).
         """
-        return [_record(trial) for trial in self._trials("COMPLETE")]
+        self._ledger.refresh()
+        return [dict(record) for record in self._judged()]
+
+    def _judged(self) -> list[dict[str, Any]]:
+        settled = sorted(self._ledger.settled.items())
+        found = [*self._ledger.inherited, *(record for _, record in settled)]
+        return [record for record in found if record["quality"] is not None]
 
     def best(self) -> dict[str, Any]:
-        """The candidate of the best quality; of equals the one with fewer parameters.
+        """The candidate of the best quality among those judged to the end; of equals the one with
+        fewer parameters.
 
         Raises:
             UserError: none is finished.
         """
-        found = self.candidates()
+        found = [record for record in self.candidates() if not record["pruned"]]
         if not found:
             raise UserError(f"study {self.name}: no candidate is finished yet; run it first")
         return max(found, key=lambda record: (record["quality"], -record["params"]))
 
     def front(self) -> list[dict[str, Any]]:
-        """The candidates that none beats in both parameters and quality, smallest first."""
-        return front(self.candidates())
+        """Of the candidates judged to the end those that none beats in all objectives (in quality
+        and parameters if there is only quality), cheapest first."""
+        objectives = self.objectives if len(self.objectives) > 1 else ("quality", "params")
+        return front([r for r in self.candidates() if not r["pruned"]], objectives)
 
     def history(self) -> list[Evaluated]:
-        """Every finished candidate with a quality, in order, as proposals see them."""
-        return [
-            Evaluated(self._candidate(trial), trial.value) for trial in self._trials("COMPLETE")
-        ]
+        """Every settled candidate with a quality, as `candidates`, as proposals see them."""
+        self._ledger.refresh()
+        return list(self._seen())
 
-    # -- inside
+    def _seen(self) -> list[Evaluated]:
+        """The history as of the last look, made anew only where something was settled."""
+        count = len(self._ledger.settled) + len(self._ledger.inherited)
+        if count != self._history[0]:
+            records = self._judged()
+            values = [merit.values(r, r["quality"], self.objectives) for r in records]
+            seen = zip(records, merit.merits(values, self.objectives), strict=True)
+            known = [
+                Evaluated(self._queue.candidate(r["fingerprint"], r["genes"]), r["quality"], m)
+                for r, m in seen
+            ]
+            self._history = count, known
+        return self._history[1]
 
-    def _trials(self, *states: str) -> list[Any]:
-        wanted = [self._optuna.trial.TrialState[state] for state in states]
-        trials = self._study.get_trials(deepcopy=False, states=wanted or None)
-        return [trial for trial in trials if "genes" in trial.user_attrs]
+    def counts(self) -> dict[str, int]:
+        """How many candidates are settled, finished (judged to the end), pruned, diverged (or given
+        up), running and waiting."""
+        self._ledger.refresh()
+        settled = self._ledger.settled.values()
+        lost = sum(record["quality"] is None for record in settled)
+        pruned = sum(record["pruned"] for record in settled)
+        return {
+            "settled": len(settled),
+            "finished": len(settled) - pruned - lost,
+            "pruned": pruned,
+            "diverged": lost,
+            "running": len(self._ledger.running),
+            "waiting": self._ledger.waiting,
+        }
 
-    def _candidate(self, trial) -> Candidate:
-        attributes = trial.user_attrs
-        fingerprint = attributes["fingerprint"]
-        if fingerprint not in self._known:
-            genes = tuple(Gene.parse(text, self.space.base) for text in attributes["genes"])
-            cost = attributes["params"], attributes["macs"]
-            self._known[fingerprint] = Candidate(genes, *cost, fingerprint)
-        return self._known[fingerprint]
+    # -- notes
 
-    def _fingerprints(self) -> set[str]:
-        """Of all candidates that need no further proposal: finished, under way or given up."""
-        live = self._trials("COMPLETE", "RUNNING", "WAITING")
-        dead = [trial for trial in self._trials("FAIL") if "diverged" in trial.user_attrs]
-        return {trial.user_attrs["fingerprint"] for trial in live + dead} | self._given_up()
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What `run` was last called with: trials, random, batch, seed, objectives, reduction,
+        propose; None before the first run."""
+        return self._storage.attributes(self.name).get(_PLAN)
 
-    def _given_up(self) -> set[str]:
-        killed = [
-            trial.user_attrs["fingerprint"]
-            for trial in self._trials("FAIL")
-            if not {"diverged", "raised"} & set(trial.user_attrs)
-        ]
-        return {fingerprint for fingerprint, n in Counter(killed).items() if n >= _MAX_KILLS}
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What `note` kept, as it is in the storage now."""
+        return notes(self._storage, self.name)
 
-    def _count(self) -> int:
-        """Number of candidates that this study has judged, diverged and given up ones included."""
-        judged = self._trials("COMPLETE", "FAIL")
-        judged = [
-            trial.user_attrs["fingerprint"]
-            for trial in judged
-            if "diverged" in trial.user_attrs
-            or (trial.value is not None and "inherited" not in trial.user_attrs)
-        ]
-        return len(set(judged) | self._given_up())
+    def note(self, key: str, value: Any) -> None:
+        """Keeps a JSON value in the study, for other processes."""
+        self._study.set_user_attr(_NOTE + key, value)
 
-    def _fresh(self, method: Proposal) -> Candidate | None:
-        """A candidate that no trial has, or None if the space seems to have no other."""
-        known, history = self._fingerprints(), self.history()
-        # one stream per candidate: a resumed search continues where the interrupted one would have
-        rng = Random(f"{self.seed} {self.name} {len(known)}")
-        for attempt in range(_REPEATS):
-            late = attempt > _REPEATS // 2  # a method may circle in a corner of the space
-            candidate = self.space.random(rng) if late else method.propose(history, rng)
-            if candidate.fingerprint not in known:
-                return candidate
-        return None
+    # -- the loop
 
-    def _queue(self, candidate: Candidate) -> None:
-        waiting = self._optuna.trial.TrialState.WAITING
-        attributes = _attributes(candidate)
-        self._study.add_trial(self._optuna.create_trial(state=waiting, user_attrs=attributes))
+    def _run(self, plan, method: Proposal, seeds, progress, stop) -> int:
+        if self.evaluate is None:
+            raise UserError(f"study {self.name} was opened for reading: it has no evaluation")
+        judge = Judge(self._study, self._queue, self.evaluate, self.objectives, self.reduction)
+        state, wait = self._ledger, _POLL[0]
+        with quiet(self._optuna):
+            state.refresh()
+            told = len(state.settled)
+            self._seed([self.space.candidate(seed.genes) for seed in seeds], plan["trials"])
+            while True:
+                self._queue.look()
+                for record in list(state.settled.values())[told:]:
+                    told += 1
+                    if progress is not None:
+                        progress(dict(record), told, plan["trials"])
+                if told >= plan["trials"] or (stop is not None and stop()):
+                    break
+                fresh = [] if state.waiting else self._propose(plan, method)
+                if fresh and not self._queue.claim(fresh):
+                    continue  # another worker has these slots
+                if fresh or state.waiting:
+                    judge.take()
+                    wait = _POLL[0]
+                elif state.open:
+                    self._queue.look_far()
+                    time.sleep(wait)
+                    wait = min(2 * wait, _POLL[1])
+                else:
+                    break
+        return judge.judged
 
-    def _judge(self, trial) -> float:
-        try:
-            quality = float(self.evaluate(self._candidate(trial).genes))
-        except BaseException as error:
-            trial.set_user_attr("raised", repr(error)[:500])
-            raise
-        if not math.isfinite(quality):
-            trial.set_user_attr("diverged", True)
-            return math.nan  # Optuna marks the trial as failed
-        return quality
+    def _seed(self, members: Sequence[Candidate], trials: int) -> None:
+        """Queues those that are new, as far as there are slots."""
+        members = list({member.fingerprint: member for member in members}.values())
+        while True:
+            new = [m for m in members if m.fingerprint not in self._ledger.fingerprints]
+            new = new[: max(trials - self._ledger.slots, 0)]
+            if not new or self._queue.claim(new):
+                return
+            self._ledger.refresh()  # another claimed the same slots first
 
-    def _revive(self) -> None:
-        """Marks trials that a dead process left running as failed and queues them again."""
-        failed, waiting = (self._optuna.trial.TrialState[name] for name in ("FAIL", "WAITING"))
-        for trial in self._study.get_trials(
-            deepcopy=False, states=[self._optuna.trial.TrialState.RUNNING]
-        ):
-            self._study.tell(trial.number, state=failed)
-        known = self._fingerprints()
-        for trial in self._trials("FAIL"):
-            if trial.user_attrs["fingerprint"] not in known:
-                known.add(trial.user_attrs["fingerprint"])
-                carried = {key: trial.user_attrs[key] for key in _CARRIED}
-                again = self._optuna.create_trial(state=waiting, user_attrs=carried)
-                self._study.add_trial(again)
+    def _propose(self, plan, method: Proposal) -> list[Candidate]:
+        """Candidates for the next slots; none if there are no slots, or the space seems to have no
+        other."""
+        chance, first, found = RandomProposal(self.space), self._ledger.slots, []
+        if first >= plan["trials"]:
+            return found
+        known, history = set(self._ledger.fingerprints), self._seen()
+        for slot in range(first, min(first + plan["batch"], plan["trials"])):
+            # one stream per slot: a resumed search goes on where the interrupted one would have
+            rng = Random(f"{self.seed} {self.name} {slot}")
+            for attempt in range(_REPEATS):
+                late = attempt > _REPEATS // 2  # a method may circle in a corner of the space
+                by_chance = late or slot < plan["random"]
+                candidate = (chance if by_chance else method).propose(history, rng)
+                if candidate.fingerprint not in known:
+                    known.add(candidate.fingerprint)
+                    found.append(candidate)
+                    break
+            else:
+                break
+        return sorted(found, key=lambda candidate: candidate.texts)
 
-    def _same_space(self) -> None:
-        ours, theirs = self.space.to_dict(), self._study.user_attrs.get(_SPACE)
+    # -- what the study is
+
+    def _same_study(self) -> None:
+        found = self._storage.attributes(self.name)
+        ours, theirs = json.loads(json.dumps(self.space.to_dict())), found.get(_SPACE)
+        objectives = list(self.objectives)
         if theirs is None:
             if self._study.get_trials(deepcopy=False):
                 raise UserError(f"study {self.name} was not made by fastffn: take another name")
+            self._study.set_user_attr(_OBJECTIVES, objectives)
             self._study.set_user_attr(_SPACE, ours)
             return
         differing = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
@@ -265,32 +377,18 @@ class Study:
                 f"study {self.name} was made with another space ({'; '.join(each)}): "
                 "take another run directory or name, or the space it was made with"
             )
+        if found[_OBJECTIVES] != objectives:
+            raise UserError(
+                f"study {self.name} was made with the objectives {', '.join(found[_OBJECTIVES])}, "
+                f"not {', '.join(objectives)}: take another run directory or name, or those"
+            )
 
 
-def front(records: Sequence[dict[str, Any]], cost: str = "params") -> list[dict[str, Any]]:
-    """The records that none beats in both `cost` and quality, cheapest first."""
-    best, found = -math.inf, []
-    for record in sorted(records, key=lambda record: (record[cost], -record["quality"])):
-        if record["quality"] > best:
-            best = record["quality"]
-            found.append(record)
-    return found
+def notes(storage: Storage, name: str) -> dict[str, Any]:
+    """The notes of a study without opening it.
 
-
-def _attributes(candidate: Candidate) -> dict[str, Any]:
-    values = (candidate.texts, candidate.fingerprint, candidate.params, candidate.macs)
-    return dict(zip(_CARRIED, values, strict=True))
-
-
-def _record(trial) -> dict[str, Any]:
-    attributes = trial.user_attrs
-    return {
-        "number": trial.number,
-        "genes": list(attributes["genes"]),
-        "params": attributes["params"],
-        "macs": attributes["macs"],
-        "quality": trial.value,
-        "seconds": trial.duration.total_seconds() if trial.duration else 0.0,
-        "fingerprint": attributes["fingerprint"],
-        "inherited": "inherited" in attributes,
-    }
+    Raises:
+        UserError: there is no study of that name.
+    """
+    found = storage.attributes(name)
+    return {key[len(_NOTE) :]: found[key] for key in found if key.startswith(_NOTE)}

@@ -1,0 +1,118 @@
+"""Judging one candidate of the queue: its rungs, when it is stopped early, and how it may fail.
+
+Successive halving without waiting (Li et al., arXiv 1810.05934): after each rung a candidate goes
+on only if it is among the best 1/`reduction` of what anybody has had at that rung so far. Whether a
+rung is the last shows only when somebody went beyond it; until then every candidate goes on.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..expr import Gene
+from . import ledger, merit
+from .queue import Queue
+from .space import Candidate
+from .storage import import_optuna
+
+Evaluate = Callable[[tuple[Gene, ...]], float | Iterator[float]]
+
+
+class Judge:
+    """Takes trials from the queue of a study and evaluates their candidates.
+
+    Args:
+        study: Optuna's.
+        evaluate, objectives, reduction: as of `Study`.
+
+    Attributes:
+        judged: number of candidates that this object judged, those stopped early included.
+    """
+
+    def __init__(
+        self, study, queue: Queue, evaluate: Evaluate, objectives: Sequence[str], reduction: float
+    ):
+        self._optuna = import_optuna()
+        self._study = study
+        self._queue = queue
+        self._evaluate = evaluate
+        self._objectives = objectives
+        self._reduction = reduction
+        self._error: BaseException | None = None
+        self.judged = 0
+
+    def take(self) -> None:
+        """Judges one trial of the queue.
+
+        Raises:
+            BaseException: whatever the evaluation raises; the candidate goes back to the queue.
+        """
+        self._error = None
+        try:
+            self._study.optimize(self._judge, n_trials=1)
+        except (ValueError, self._optuna.exceptions.UpdateFinishedTrialError) as error:
+            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
+                raise
+            # taken for dead: the candidate was given to another worker, whose result counts
+        if self._error is not None:
+            raise self._error
+
+    def _judge(self, trial) -> float | Sequence[float]:
+        attributes, claim = trial.user_attrs, None
+        if ledger.GENES in attributes:  # else another worker emptied the queue just before
+            (claim,) = self._queue.claims.get([attributes[ledger.SLOT]])
+        if claim is None or claim.attempt != attributes[ledger.ATTEMPT]:
+            trial.set_user_attr(ledger.OUTDATED, True)
+            return math.nan  # Optuna marks the trial as failed
+        try:
+            candidate = self._queue.candidate(claim.fingerprint, claim.genes)
+            values = self._values(trial, candidate, claim.slot)
+        except self._optuna.TrialPruned:
+            self.judged += 1
+            raise
+        except self._optuna.exceptions.UpdateFinishedTrialError:
+            return math.nan  # taken for dead: see `take`
+        except BaseException as error:
+            self._error = error  # raised by `take`: Optuna lets some leave a trial running
+            trial.set_user_attr(ledger.RAISED, repr(error)[:500])
+            return math.nan
+        self.judged += 1
+        return values
+
+    def _values(self, trial, candidate: Candidate, slot: int) -> float | Sequence[float]:
+        """The candidate's value for each objective, after all rungs; NaN where it diverged."""
+        found: Any = self._evaluate(candidate.genes)
+        steps = found if isinstance(found, Iterator) else iter((found,))
+        rungs: list[float] = []
+        try:
+            for quality in map(float, steps):
+                if not math.isfinite(quality):
+                    trial.set_user_attr(ledger.DIVERGED, True)
+                    return math.nan
+                rungs.append(quality)
+                trial.set_user_attr(ledger.RUNGS, rungs)
+                if len(self._objectives) == 1:  # Optuna refuses it for several
+                    trial.report(quality, len(rungs) - 1)
+                if steps is found and not self._survives(candidate, slot, rungs):
+                    raise self._optuna.TrialPruned
+        finally:
+            if hasattr(steps, "close"):
+                steps.close()
+        if not rungs:
+            raise UserError(f"the evaluation gave no quality for {candidate}")
+        return merit.values(candidate, rungs[-1], self._objectives)
+
+    def _survives(self, candidate: Candidate, slot: int, rungs: Sequence[float]) -> bool:
+        self._queue.ledger.refresh()
+        others = self._queue.ledger.rungs(but=slot)
+        reached = len(rungs)
+        if not any(len(theirs) > reached for _, theirs in others):
+            return True
+        seen = [
+            merit.values(costs, theirs[reached - 1], self._objectives)
+            for costs, theirs in others
+            if len(theirs) >= reached
+        ]
+        mine = merit.values(candidate, rungs[-1], self._objectives)
+        return merit.survives(mine, seen, self._reduction, self._objectives)
