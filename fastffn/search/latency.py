@@ -1,9 +1,11 @@
 """Measures the latency table of a search space on the target device (`latency_table` uses it).
 
 Everything is timed interleaved in one run, in inference mode, as in `evaluate.latency`: each round
-runs every part once in a rotating order. A part's time is that of its best tenth of rounds, and not
-the median: differences of times are wanted, some of a few per cent, and where other processes have
-their share of the machine, a long part is nearly always interrupted and a short one hardly ever.
+runs every part once, in an order of its own, since a part is slower after one that filled the
+caches. A part's time is that of its best tenth of rounds, and not the median: differences of times
+are wanted, some of a few per cent, and where other processes have their share of the machine, a
+long part is nearly always interrupted and a short one hardly ever. On one thread of a CPU that
+thread's own time is taken, which stands still meanwhile.
 What is timed is a stack of `UNITS` units with weights of their own: one unit alone would find its
 weights in the nearest cache and pay for a call and a synchronisation by itself.
 
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING
 
 import torch
@@ -155,6 +158,8 @@ def _timed(
 ) -> dict[str, list[float]]:
     """Microseconds of each call in each round."""
     names, times = list(calls), {name: [] for name in calls}
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock, order = time.thread_time if alone else time.perf_counter, Random(0)
     with torch.inference_mode():
         for _ in range(2):  # first calls allocate, pick kernels and warm the caches
             for name in names:
@@ -163,13 +168,12 @@ def _timed(
         for k in range(rounds):
             if k >= _LEAST_ROUNDS and time.perf_counter() > end:
                 break
-            first = k % len(names)
-            for name in names[first:] + names[:first]:
+            for name in order.sample(names, len(names)):
                 _synchronise(device)
-                start = time.perf_counter()
+                start = clock()
                 calls[name]()
                 _synchronise(device)
-                times[name].append(1e6 * (time.perf_counter() - start))
+                times[name].append(1e6 * (clock() - start))
             if progress is not None:
                 progress(k + 1, rounds)
     return times
