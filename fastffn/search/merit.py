@@ -72,7 +72,7 @@ def check_objectives(
         raise UserError('the first objective must be "quality"; costs follow it')
     if len(set(objectives)) < len(objectives):
         raise UserError(f"objectives: {', '.join(objectives)} names one of them twice")
-    if "latency" in objectives and space is not None and getattr(space, "table", None) is None:
+    if "latency" in objectives and space is not None and space.table is None:
         raise UserError(
             "the objective latency needs a table of measured latencies: measure it "
             "(fastffn.search.latency.measure) and give it to the space"

@@ -1,25 +1,27 @@
 """Proposal methods: given what was evaluated so far, which candidate next.
 
 A method is an object with `propose(history, rng) -> Candidate`. `history` holds the finished
-candidates with their quality, oldest first; `rng` is the only source of chance, so a search that
-resumes proposes what it would have proposed without the interruption. A method may propose a
+candidates, oldest first, with quality and merit; `rng` is the only source of chance, so a search
+that resumes proposes what it would have proposed without the interruption. A method may propose a
 candidate that is known already: the study asks again.
+
+What a recipe says is a name or a mapping, {method: partition, exploration: 0.3}: the options are
+the keyword arguments of the method's class.
 """
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
+from ..distill.recipe_fields import choice, convert
 from ..errors import UserError
+from .evolution import EvolutionProposal
+from .merit import Evaluated
+from .optuna_proposals import NSGA2Proposal, TPEProposal
+from .partition import PartitionProposal
 from .space import Candidate, Space
-from .variation import cross, mutate
-
-
-class Evaluated(NamedTuple):
-    """A finished candidate; more quality is better."""
-
-    candidate: Candidate
-    quality: float
 
 
 class Proposal(Protocol):
@@ -38,68 +40,40 @@ class RandomProposal:
         return self.space.random(rng)
 
 
-class EvolutionProposal:
-    """Mutations and crossings of the best seen so far.
+METHODS = {
+    "random": RandomProposal,
+    "evolution": EvolutionProposal,
+    "partition": PartitionProposal,
+    "tpe": TPEProposal,
+    "nsga2": NSGA2Proposal,
+}
 
-    Parents are winners of tournaments among the `population` best. Why the best of all and not the
-    latest (regularised evolution): a search of tens or hundreds of candidates cannot afford to
-    forget, and judging is repeatable enough not to chase luck.
+
+def proposal(method: str | Mapping[str, Any] | Proposal, space: Space) -> Proposal:
+    """The method that a name or a mapping describes; an object is taken as it is.
 
     Args:
-        population: how many of the best may become parents.
-        tournament: how many of them are drawn for each parent; the best of these wins.
-        crossover: chance of a child of two parents; otherwise one parent is mutated.
-        explore: chance of a random member, so that the search can leave a bad neighbourhood.
-        warmup: random members until that many are finished.
-    """
-
-    def __init__(
-        self,
-        space: Space,
-        population: int = 8,
-        tournament: int = 4,
-        crossover: float = 0.3,
-        explore: float = 0.05,
-        warmup: int = 8,
-    ):
-        if min(population, tournament, warmup) < 1:
-            raise UserError("evolution: population, tournament and warmup must be at least 1")
-        if min(crossover, explore) < 0 or max(crossover, explore) > 1:
-            raise UserError("evolution: crossover and explore are chances between 0 and 1")
-        self.space = space
-        self.population = population
-        self.tournament = tournament
-        self.crossover = crossover
-        self.explore = explore
-        self.warmup = warmup
-
-    def propose(self, history: Sequence[Evaluated], rng: Random) -> Candidate:
-        if len(history) < self.warmup or rng.random() < self.explore:
-            return self.space.random(rng)
-        best = sorted(history, key=lambda seen: -seen.quality)[: self.population]
-        first = self._parent(best, rng)
-        if len(best) > 1 and rng.random() < self.crossover:
-            second = self._parent([seen for seen in best if seen.candidate != first], rng)
-            return cross(self.space, first, second, rng)
-        return mutate(self.space, first, rng)
-
-    def _parent(self, best: Sequence[Evaluated], rng: Random) -> Candidate:
-        drawn = rng.sample(range(len(best)), min(self.tournament, len(best)))
-        return best[min(drawn)].candidate  # `best` is in order
-
-
-METHODS = {"random": RandomProposal, "evolution": EvolutionProposal}
-
-
-def proposal(method: str | Proposal, space: Space) -> Proposal:
-    """The method of that name with its defaults; an object is taken as it is.
+        method: a name of `METHODS`, or {"method": name} with options beside it.
 
     Raises:
-        UserError: unknown name.
+        UserError: an unknown name or option, an option of the wrong type or out of range, or a
+            space that the method cannot search.
     """
-    if not isinstance(method, str):
+    if not isinstance(method, str | Mapping):
         return method
-    if method not in METHODS:
-        known = ", ".join(METHODS)
-        raise UserError(f"unknown proposal method {method!r}; known: {known}")
-    return METHODS[method](space)
+    options = {"method": method} if isinstance(method, str) else dict(method)
+    name = options.pop("method", None)
+    if name not in METHODS:
+        close = difflib.get_close_matches(str(name), METHODS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"unknown proposal method {name!r}; known: {', '.join(METHODS)}{hint}")
+    known = {
+        option.name: option.annotation
+        for option in inspect.signature(METHODS[name]).parameters.values()
+        if option.name != "space"
+    }
+    for key in options:
+        if key not in known:
+            raise UserError(f"proposal method {name}: unknown option {key!r}: {choice(key, known)}")
+    taken = {key: convert(known[key], value, (name, key)) for key, value in options.items()}
+    return METHODS[name](space, **taken)
