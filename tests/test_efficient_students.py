@@ -90,6 +90,26 @@ def test_student_of_a_supernet():
     assert shorter.config.genes == [genes[0], genes[2]]
 
 
+def test_student_of_some_layers_of_a_supernet():
+    options = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    options |= {"max_stack": 2, "max_width": 24, "vocab_size": 99, "embedding_size": 8}
+    options["genes"] = ["2x1 down(gelu(up(x)))"] * 3
+    supernet = build_student(Spec(supernet=options), {}, NONE)
+    genes = ["1x1/2 tanh(down(gelu(up(x))))", "2x1 down(gelu(up(x)))"]
+    for layers in ([0, 2], 2):
+        spec = Spec(efficientbert={"from": "s", "genes": genes, "layers": layers})
+        student = build_student(spec, {"s": supernet}, NONE)
+        assert student.config.num_hidden_layers == 2 and student.config.genes == genes
+    for layer, source in enumerate((0, 2)):
+        theirs = supernet.encoder.layer[source].attention.state_dict()
+        spec = Spec(efficientbert={"from": "s", "genes": genes, "layers": [0, 2]})
+        ours = build_student(spec, {"s": supernet}, NONE).encoder.layer[layer].attention
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs[name]), name
+    with pytest.raises(UserError, match="genes: 2 given for 3 layers"):
+        build_student(Spec(efficientbert={"from": "s", "genes": genes}), {"s": supernet}, NONE)
+
+
 @pytest.mark.parametrize(
     "what, options, message",
     [
@@ -102,7 +122,8 @@ def test_student_of_a_supernet():
         ("efficientbert", {"preset": "huge"}, "preset: expected one of"),
         ("efficientbert", {"hidden_size": "wide"}, "hidden_size"),
         ("efficientbert", {"from": "t", "genes": GENE, "embedding_size": "a"}, "efficientbert: "),
-        ("efficientbert", {"from": "s", "layers": [0]}, "layers is unknown"),
+        ("efficientbert", {"from": "s", "layers": [7]}, "layers 0 to 2"),
+        ("efficientbert", {"from": "s", "embedding_size": 8}, "embedding_size is unknown"),
         ("supernet", {"from": "t", "max_stack": 2}, "max_width missing"),
         ("supernet", {"from": "t", "max_stack": 0, "max_width": 9}, "max_stack"),
         ("supernet", {"from": "s", "max_stack": 2, "max_width": 9}, "take it with layers_of"),

@@ -87,6 +87,14 @@ def test_the_student_is_cut_out_of_the_trained_supernet(tmp_path):
     assert set(recipe.data) == {"general"}
 
 
+def test_a_winner_of_fewer_layers_names_those_of_the_supernet(tmp_path):
+    report = {**example(layers=2), "supernet": "DIR"}
+    export.export(report, tmp_path, _config(), _search_recipe().distil)
+    recipe = distillation.read(tmp_path / "student.yaml")
+    assert recipe.models["student"].efficientbert["layers"] == [0, 2]
+    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 2
+
+
 def test_without_a_supernet_the_recipe_trains_one():
     recipe = export.student_recipe(example(), _search_recipe().distil)
     assert recipe.models["supernet"].supernet["max_stack"] == 4

@@ -1,7 +1,7 @@
 """EfficientBERT students and supernets of a recipe: from a teacher, from a supernet, or random.
 
     {from: teacher, genes: [...], layers: 6, embedding_size: 128, trigram: true}
-    {from: supernet, genes: [...]}                        the sub-network of these genes
+    {from: supernet, genes: [...], layers: [0, 2, 5]}     the sub-network of these genes
     {preset: base}, {hidden_size: 360, genes: [...]}      random weights
     {from: teacher, max_stack: 2, max_width: 1024}        as a supernet
 
@@ -87,7 +87,7 @@ def _check_names(options: dict, what: str, has_source: bool, extracted: bool) ->
         raise UserError("supernet: its source is one already: take it with layers_of")
     known = {*vars(EfficientBertConfig)["__annotations__"]} - {"supernet"} | size
     if extracted:
-        known = {"genes"}
+        known = {"genes", "layers"}
     elif has_source:
         known = known - {*_SHARED} | {"layers", "how"}
     else:
@@ -135,4 +135,9 @@ def _extracted(source: nn.Module, options: dict) -> nn.Module:
     from fastffn.models import extract
 
     base, genes = Encoder(source).base, options.get("genes")
-    return extract(base, [genes] * len(base.encoder.layer) if isinstance(genes, str) else genes)
+    layers, count = None, len(base.encoder.layer)
+    if "layers" in options:
+        layers = source_layers(options["layers"], count)
+    if isinstance(genes, str):
+        genes = [genes] * (count if layers is None else len(layers))
+    return extract(base, genes, layers)

@@ -11,7 +11,7 @@ its steps are to be raised, and leaves by how much to whoever runs it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,12 @@ def export(
     if supernet_config is not None:
         texts["config.json"] = _config(found, supernet_config)
     if distil is not None:
-        texts["student.yaml"] = student_recipe(report, distil).to_yaml()
+        layers = None
+        if supernet_config is not None and len(found.genes) < supernet_config["num_hidden_layers"]:
+            from ..distill.subnetworks import kept_layers
+
+            layers = kept_layers(len(found.genes), supernet_config["num_hidden_layers"])
+        texts["student.yaml"] = student_recipe(report, distil, layers).to_yaml()
     paths = [Path(folder) / name for name in texts]
     for path in paths:
         write_text_atomic(path, texts[path.name])
@@ -71,7 +76,7 @@ def conditions(report: Mapping[str, Any]) -> FoundGenes:
     of_stage = next((s for s in report["stages"] if s["name"] == best.get("stage")), {})
     said = {
         "quality": best["quality"],
-        "score": of_stage.get("score") or report.get("score"),
+        "score": of_stage.get("score"),
         "objectives": list(report["objectives"]),
         **{name: best.get(name) for name in _COSTS},  # latency in microseconds
         "stage": best.get("stage"),
@@ -108,13 +113,16 @@ def read_genes(path: str | Path) -> tuple[Gene, ...]:
     return read_found(path).genes
 
 
-def student_recipe(report: Mapping[str, Any], distil: "Recipe") -> "Recipe":
+def student_recipe(
+    report: Mapping[str, Any], distil: "Recipe", layers: Sequence[int] | None = None
+) -> "Recipe":
     """The distillation recipe that trains the winner.
 
     Args:
         report: its "supernet" is the folder of the trained one, from which the student is cut;
             None: the recipe trains a supernet first.
         distil: the search recipe's distillation part.
+        layers: those of the supernet that the winner has; None: all.
     """
     from ..distill.recipe_parts import ModelSpec
 
@@ -136,6 +144,8 @@ def student_recipe(report: Mapping[str, Any], distil: "Recipe") -> "Recipe":
     if path is not None:
         models[_SUPERNET] = ModelSpec(load=str(path))
     options = {"from": _SUPERNET, "genes": list(report["genes"])}
+    if layers is not None:
+        options["layers"] = list(layers)
     models[_STUDENT] = ModelSpec(efficientbert=options)
     stages = (*kept, *own)
     models = _reached(models, {s.teacher for s in stages} | {_STUDENT})
@@ -168,7 +178,8 @@ def _reached(models: dict[str, Any], first: set[str | None]) -> dict[str, Any]:
 def _config(found: FoundGenes, supernet_config: Mapping[str, Any]) -> str:
     from ..models import EfficientBertConfig
 
-    own = {"genes": found.texts, "num_hidden_layers": len(found.genes), "supernet": None}
+    own = {"genes": found.texts, "num_hidden_layers": len(found.genes)}
+    own |= {"supernet": None, "kept_layers": None}
     return EfficientBertConfig.from_dict({**supernet_config, **own}).to_json_string()
 
 

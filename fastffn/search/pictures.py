@@ -247,8 +247,9 @@ def _unit(cost: str, records: Sequence[Mapping]) -> tuple[str, float]:
 
 
 def _quality_text(report: Mapping) -> str:
-    metric = (report.get("score") or {}).get("metric")
-    return f"quality ({metric})" if metric else "quality"
+    metrics = {(stage.get("score") or {}).get("metric") for stage in report.get("stages") or [{}]}
+    metric = metrics.pop() if len(metrics) == 1 else None
+    return {None: "quality", "loss": "quality (minus the loss)"}.get(metric, f"quality ({metric})")
 
 
 def _range(values: Sequence[float]) -> tuple[float, float, int]:
