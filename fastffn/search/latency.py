@@ -1,10 +1,11 @@
 """Measures the latency table of a search space on the target device (`latency_table` uses it).
 
 Everything is timed interleaved in one run, in inference mode, as in `evaluate.latency`: each round
-runs every part once, in an order of its own, since a part is slower after one that filled the
-caches. A part's time is that of its best tenth of rounds, and not the median: differences of times
-are wanted, some of a few per cent, and where other processes have their share of the machine, a
-long part is nearly always interrupted and a short one hardly ever. On one thread of a CPU that
+runs every part twice, in an order of its own, and times the second: a model that serves runs call
+after call, and after another part it would find the caches filled by that (8 per cent more for a
+whole model). A part's time is that of its best tenth of rounds, and not the median: differences of
+times are wanted, some of a few per cent, and where other processes have their share of the machine,
+a long part is nearly always interrupted and a short one hardly ever. On one thread of a CPU that
 thread's own time is taken, which stands still meanwhile.
 What is timed is a stack of `UNITS` units with weights of their own: one unit alone would find its
 weights in the nearest cache and pay for a call and a synchronisation by itself.
@@ -169,6 +170,7 @@ def _timed(
             if k >= _LEAST_ROUNDS and time.perf_counter() > end:
                 break
             for name in order.sample(names, len(names)):
+                calls[name]()
                 _synchronise(device)
                 start = clock()
                 calls[name]()

@@ -149,9 +149,7 @@ def describe(space: "Space") -> str:
 
 def _rules_text(space: "Space", rules: Rules) -> str:
     stacks, ratios = (", ".join(map(str, values)) for values in (rules.stacks, rules.ratios))
-    shapes = f"{stacks} units of ratio {ratios}"
-    if space.shapes is not None:
-        shapes = "fixed shapes"
+    shapes = f"stacks {stacks}, ratios {ratios}" if space.shapes is None else "fixed shapes"
     low, high = rules.heights
     functions = (
         f"functions of height {low} to {high}, at most {rules.max_nodes} nodes, over "
