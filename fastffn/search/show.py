@@ -1,0 +1,293 @@
+"""What a search has found so far: as a report, as tables on a terminal, as pictures, as a line.
+
+    show("runs/search")             tables, and pictures in runs/search/pictures
+    collect("postgresql://...")     the report of a search under way, from its database
+
+A finished search has a report.json. Of one under way the same is made from the database, whichever
+processes work on it, without disturbing them.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..figures import amount
+from ..progress import duration
+from . import merit, pictures
+from .storage import FILE, Storage
+from .study import Study
+
+REPORT, PICTURES = "report.json", "pictures"  # in a run directory
+_ROWS = 12  # of a table of candidates
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+def collect(place: str | Path, name: str | None = None) -> dict[str, Any]:
+    """The report of a search, finished or under way.
+
+    Args:
+        place: its run directory, or the URL of its database.
+        name: of the search in the database, whose stages are the studies called name.stage; None:
+            the latest one there.
+
+    Returns:
+        What the engine writes to report.json: "name", "seed", "objectives", "genes", "best",
+        "front", "stages", "candidates", "space", "supernet" and "seconds". While no candidate is
+        finished "genes" is empty and "best" None. "best" and "front" are of the last stage that
+        has a finished candidate, as stages measure different things.
+
+    Raises:
+        UserError: there is no search, or its report cannot be read.
+    """
+    if "://" not in str(place) and _finished(Path(place)):
+        return _read(Path(place) / REPORT)
+    storage = Storage(place, create=False)
+    names = storage.names()
+    if not names:
+        raise UserError(f"no search in {storage.place} yet")
+    name = name or names[-1].partition(".")[0]
+    names = [study for study in names if study.startswith(f"{name}.")] or [name]
+    studies = {study.removeprefix(f"{name}."): Study.load(storage, study) for study in names}
+    stages, candidates, last = [], [], None
+    for stage, study in studies.items():
+        records = study.candidates()
+        new = [{"stage": stage, **record} for record in records if not record["inherited"]]
+        candidates += new
+        stages.append(_stage(stage, study, storage, new))
+        if any(not record["pruned"] for record in records):
+            last = study
+    first, *_ = studies.values()
+    of_stage = {record["fingerprint"]: record["stage"] for record in candidates}
+
+    def placed(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {"stage": of_stage.get(record["fingerprint"]), **record}
+
+    best = placed(last.best()) if last else None
+    return {
+        "name": name,
+        "seed": (first.plan or {}).get("seed", first.seed),
+        "objectives": list((last or first).objectives),
+        "genes": best["genes"] if best else [],
+        "best": best,
+        "front": [placed(record) for record in last.front()] if last else [],
+        "stages": stages,
+        "candidates": candidates,
+        "space": first.space.to_dict(),
+        "supernet": None,
+        "seconds": sum(stage["seconds"] for stage in stages),
+    }
+
+
+def _finished(folder: Path) -> bool:
+    """Whether the report there is of all that was judged; not so where more trials were asked for
+    afterwards."""
+    report, database = folder / REPORT, folder / FILE
+    if not report.exists() or not database.exists():
+        return report.exists()
+    return report.stat().st_mtime >= database.stat().st_mtime
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(report, dict) or not {"candidates", "stages", "space"} <= report.keys():
+        raise UserError(f"{path} is not the report of a search: give a search's run directory")
+    return report
+
+
+def _stage(name: str, study: Study, storage: Storage, records: Sequence[Mapping]) -> dict[str, Any]:
+    """What the report says of a stage; seconds from its first candidate to its last."""
+    counts, plan = study.counts(), study.plan or {}
+    number = storage.backend.get_study_id_from_name(study.name)
+    trials = storage.backend.get_all_trials(number, deepcopy=False)
+    starts = [trial.datetime_start for trial in trials if trial.datetime_start]
+    ends = [trial.datetime_complete for trial in trials if trial.datetime_complete]
+    # An inherited candidate is finished when it starts.
+    seconds = (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0
+    seconds = max(seconds, 0.0)
+    space = study.space
+    return {
+        "name": name,
+        "trials": plan.get("trials", counts["settled"]),
+        **{key: counts[key] for key in ("finished", "pruned", "diverged")},
+        "seconds": seconds,
+        "candidates_per_minute": 60 * len(records) / seconds if seconds else 0.0,
+        "freeze": "functions" if space.functions else "shapes" if space.shapes else None,
+        "proposals": plan.get("propose"),
+    }
+
+
+# -- on a terminal -------------------------------------------------------------------------------
+
+
+def show(place: str | Path, out: str | Path | None = None, console: Any = None) -> dict[str, Path]:
+    """Prints a search's tables and draws its pictures.
+
+    Args:
+        place: its run directory, or the URL of its database.
+        out: folder of the pictures; None: `pictures` in the run directory, none for a URL.
+        console: a rich Console; None: standard output.
+
+    Returns:
+        The pictures (see `pictures.draw`).
+
+    Raises:
+        UserError: as `collect`; no rich or matplotlib.
+    """
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise UserError("tables need rich, which is not installed: pip install rich") from None
+    report = collect(place)
+    console = console or Console()
+    for part in table(report):
+        console.print(part, highlight=False)
+    if out is None:
+        if "://" in str(place):
+            console.print("Pictures: give a folder for them by --out", highlight=False)
+            return {}
+        out = Path(place) / PICTURES
+    drawn = pictures.draw(report, out)
+    if drawn:
+        names = ", ".join(path.name for path in drawn.values())
+        console.print(f"Pictures in {out}: {names}", highlight=False, markup=False, soft_wrap=True)
+    return drawn
+
+
+def table(report: Mapping[str, Any]) -> list[Any]:
+    """Tables of rich: the stages, the winner's genes, and the front, its best candidates alone
+    where it is long."""
+    from rich.text import Text
+
+    parts = [_stages_table(report)]
+    best = report.get("best")
+    if not best:
+        return [*parts, Text("No candidate is finished yet.")]
+    parts.append(_genes_table(report))
+    front = report.get("front") or []
+    if len(front) > 1:
+        parts.append(_front_table(report, front))
+    parts.append(Text(_sentence(report, best), style="bold"))
+    return parts
+
+
+def _rows(title: str, columns: Sequence[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    look = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD}
+    made = Table(title=title, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    for name in columns:
+        justify = "left" if name in ("stage", "keeps", "proposals", "gene") else "right"
+        one_line = name != "gene" and " " not in name
+        made.add_column(name, justify=justify, no_wrap=one_line, overflow="fold")
+    return made
+
+
+def _stages_table(report: Mapping[str, Any]) -> Any:
+    """A row for each stage; what is zero everywhere has no column."""
+    stages = report["stages"]
+    lost = {"pruned": "stopped early", "diverged": "diverged"}
+    lost = {key: name for key, name in lost.items() if any(stage[key] for stage in stages)}
+    columns = ["stage", "judged", *lost.values(), "best", "a minute", "time", "keeps", "proposals"]
+    made = _rows(f"Search {report['name']}", columns)
+    for stage in stages:
+        judged = stage["finished"] + stage["pruned"] + stage["diverged"]
+        qualities = [
+            record["quality"]
+            for record in report["candidates"]
+            if record["stage"] == stage["name"] and not record["pruned"]
+        ]
+        method = stage.get("proposals") or "own"
+        made.add_row(
+            stage["name"],
+            str(judged) if judged >= stage["trials"] else f"{judged} of {stage['trials']}",
+            *(str(stage[key]) for key in lost),
+            f"{max(qualities):.4g}" if qualities else "–",
+            f"{stage['candidates_per_minute']:.1f}",
+            duration(stage["seconds"]),
+            stage.get("freeze") or "",
+            method if isinstance(method, str) else method["method"],
+        )
+    return made
+
+
+def _genes_table(report: Mapping[str, Any]) -> Any:
+    from rich.text import Text
+
+    from ..expr import Gene, gene_cost
+
+    space = report["space"]
+    made = _rows("The winner", ["layer", "gene", "parameters"])
+    for layer, text in enumerate(report["genes"]):
+        cost = gene_cost(Gene.parse(text, space.get("base", 1)), space["hidden_size"])
+        made.add_row(str(layer), Text(text), amount(cost.params))
+    return made
+
+
+def _front_table(report: Mapping[str, Any], front: Sequence[Mapping[str, Any]]) -> Any:
+    """The candidates of the front from the best down."""
+    objectives = report["objectives"] if len(report["objectives"]) > 1 else ["quality", "params"]
+    shown = sorted(front, key=lambda record: -record["quality"])[:_ROWS]
+    more = f", its {_ROWS} best" if len(front) > _ROWS else ""
+    latency = any(record.get("latency") is not None for record in shown)
+    columns = ["quality", "parameters", "MACs", *(["ms"] if latency else []), "stage", "number"]
+    made = _rows(f"Front of {' and '.join(objectives)}: {len(front)}{more}", columns)
+    for record in shown:
+        cells = [f"{record['quality']:.4g}", amount(record["params"]), amount(record["macs"])]
+        if latency:
+            known = record.get("latency") is not None
+            cells.append(f"{record['latency'] / 1000:.3g}" if known else "–")
+        made.add_row(*cells, str(record.get("stage") or "–"), str(record.get("number")))
+    return made
+
+
+def _sentence(report: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    costs = [f"{best['params']:,} parameters", f"{best['macs']:,} MACs a token"]
+    if best.get("latency") is not None:
+        costs.append(f"{best['latency'] / 1000:.3g} ms")
+    count = len(report["candidates"])
+    what = f"{count} candidate{'s' * (count != 1)} in {duration(report['seconds'])}"
+    return f"{what}; best: quality {best['quality']:.4g} with {', '.join(costs)}"
+
+
+# -- while it runs -------------------------------------------------------------------------------
+
+
+def status(
+    records: Sequence[Mapping[str, Any]],
+    objectives: Sequence[str],
+    done: int,
+    total: int,
+    started: float,
+    before: int = 0,
+) -> str:
+    """A line on a stage under way: "best 0.912 (1.18M), front 7, 12.3 a minute".
+
+    Args:
+        records: of the candidates with a quality so far.
+        objectives: of the search; with quality alone the front is not named.
+        done: candidates that are settled.
+        total: candidates of the stage.
+        started: `time.monotonic()` when this run began.
+        before: candidates that were settled then: an earlier run's work is no speed of this one.
+    """
+    said = []
+    finished = [record for record in records if not record.get("pruned")]
+    if finished:
+        best = max(finished, key=lambda record: (record["quality"], -record["params"]))
+        said.append(f"best {best['quality']:.4g} ({amount(best['params'])})")
+        if len(objectives) > 1:
+            said.append(f"front {len(merit.front(finished, objectives))}")
+    minutes = (time.monotonic() - started) / 60
+    if done > before and minutes > 0:
+        rate = (done - before) / minutes
+        said.append(f"{rate:.3g} a minute" if rate < 1000 else f"{rate:.0f} a minute")
+    return ", ".join(said) or f"0 of {total} judged"
