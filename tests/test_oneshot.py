@@ -83,7 +83,7 @@ def test_the_same_bits_and_only_what_differs_is_computed():
     assert shared.blocks == 2 * 27 * 6
     attentions = 2 * (1 + 3 + 9)
     assert shared.blocks - shared.saved == len(ran) + attentions
-    assert shared.bytes == 0
+    assert "forward" not in model.encoder.__dict__
 
 
 def test_any_order_and_afterwards():
@@ -98,6 +98,24 @@ def test_any_order_and_afterwards():
         assert equal(outputs_of(model, mixed[:3], hidden), alone[:6])  # outside of a batch
         assert shared.blocks == counted
     assert equal(outputs_of(model, mixed, hidden), alone)
+
+
+def test_a_block_for_each_candidate():
+    """The second block goes on with what the first one found; so does one after `clear`."""
+    model = supernet()
+    alone = outputs_of(model, CANDIDATES, hidden)
+    shared, found = SharedPrefixes(model), []
+    for genes in CANDIDATES:
+        with shared:
+            found += outputs_of(model, [genes], hidden, shared)
+    assert equal(found, alone) and shared.saved == 2 * (26 + 24 * 2 + 18 * 2)
+    assert shared.bytes > 0
+    shared.clear()
+    saved = shared.saved
+    assert shared.bytes == 0
+    with shared:
+        assert equal(outputs_of(model, CANDIDATES[:1], hidden, shared), alone[:2])
+    assert shared.saved == saved
 
 
 def test_heads_and_autocast():

@@ -11,6 +11,9 @@ first product each sub-network has masks of its own.
 Not shared: a first layer under gradient checkpointing, which would be computed again for each; one
 with hooks on its FFN, which would see the sub-networks together; and where one sub-network leaves
 the first layer out.
+
+Why not the sub-networks as one batch through the attentions above, too: it saves no product, and on
+a CPU no time (of four, forward and backward: nothing at 1,024 tokens of 384, 4 % at 256 of 540).
 """
 
 import contextlib

@@ -46,7 +46,8 @@ class SharedPrefixes:
     It works below any head. Layers whose inside somebody looks at (hooks, as `fastffn.capture`
     makes them), and all above the first such, run as ever; so do all layers where hidden states or
     attentions are asked for. Weights that change, by an optimiser or `load_state_dict`, are noticed
-    and nothing is taken over from before.
+    and nothing is taken over from before. A block that ends leaves the model as it was, and a later
+    one goes on with what is known; the states live as long as this object, or until `clear`.
 
     Args:
         model: an EfficientBert supernet with or without a head, in evaluation mode.
@@ -80,10 +81,9 @@ class SharedPrefixes:
 
     def __exit__(self, *_: object) -> None:
         del self.encoder.forward
-        self.clear()
 
     def clear(self) -> None:
-        """Forgets the candidate before."""
+        """Forgets the candidate before and frees its states."""
         self._seen.clear()
         self.bytes = 0
 
