@@ -29,7 +29,7 @@ from .storage import Storage, import_optuna, quiet
 Progress = Callable[[dict[str, Any], int, int], None]
 
 _SPACE, _OBJECTIVES = "fastffn.space", "fastffn.objectives"  # attributes of the study
-_PLAN, _NOTE = "fastffn.plan", "fastffn.note."
+PLAN, NOTE = "fastffn.plan", "fastffn.note."
 _REPEATS = 300  # proposals in a row that are all known before the space counts as exhausted
 _POLL = (0.05, 1.0)  # seconds between two looks at what others do: first, and at most
 
@@ -113,7 +113,7 @@ class Study:
         attributes = storage.attributes(name)
         if _SPACE not in attributes:
             raise UserError(f"study {name} was not made by fastffn")
-        plan = attributes.get(_PLAN, {})
+        plan = attributes.get(PLAN, {})
         settings = {key: plan[key] for key in ("seed", "reduction") if key in plan}
         space = Space.from_dict(attributes[_SPACE])
         objectives = attributes[_OBJECTIVES]
@@ -170,7 +170,7 @@ class Study:
         if not isinstance(propose, str | Mapping):
             plan["propose"] = None  # an object, which other processes cannot have
         if self.plan != plan:
-            self._study.set_user_attr(_PLAN, plan)
+            self._study.set_user_attr(PLAN, plan)
         return self._run(plan, method, seeds, progress, stop)
 
     def join(self, progress: Progress | None = None, stop: Callable[[], bool] | None = None) -> int:
@@ -280,7 +280,7 @@ class Study:
     def plan(self) -> dict[str, Any] | None:
         """What `run` was last called with: trials, random, batch, seed, objectives, reduction,
         propose; None before the first run."""
-        return self._storage.attributes(self.name).get(_PLAN)
+        return self._storage.attributes(self.name).get(PLAN)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -289,7 +289,7 @@ class Study:
 
     def note(self, key: str, value: Any) -> None:
         """Keeps a JSON value in the study, for other processes."""
-        self._study.set_user_attr(_NOTE + key, value)
+        self._study.set_user_attr(NOTE + key, value)
 
     # -- the loop
 
@@ -391,4 +391,4 @@ def notes(storage: Storage, name: str) -> dict[str, Any]:
         UserError: there is no study of that name.
     """
     found = storage.attributes(name)
-    return {key[len(_NOTE) :]: found[key] for key in found if key.startswith(_NOTE)}
+    return {key[len(NOTE) :]: found[key] for key in found if key.startswith(NOTE)}

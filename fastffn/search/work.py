@@ -1,0 +1,80 @@
+"""A worker's loop: joins whatever stage of a search is open, until the search is finished.
+
+A search has a head, a study whose notes say what goes on: "stages" (names, in order) and, at the
+end, "finished". Stage `coarse` of the search `search` is the study `search.coarse`; its note
+"open" says that candidates may be judged, and its plan says how many and by which proposals. All of
+it is in the database, so a worker needs nothing but its address and something to evaluate with.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .judging import Evaluate
+from .space import Space
+from .storage import Storage
+from .study import NOTE, PLAN, Progress, Study, notes
+
+Evaluators = Callable[[str, Mapping[str, Any], Space], Evaluate]
+
+
+def work(
+    storage: str | Path | Storage,
+    evaluators: Evaluators,
+    name: str = "search",
+    wait: float = 2.0,
+    progress: Callable[..., None] | None = None,
+    heartbeat: int | None = None,
+) -> int:
+    """Judges candidates of a search until its head says that it is finished.
+
+    An interrupt (Ctrl-C) ends it; the candidate under way goes to another worker.
+
+    Args:
+        storage: run directory or database URL of the search (see `Study`).
+        evaluators: called once per stage with its name, the head's notes and the stage's space;
+            gives what judges the stage's candidates.
+        name: of the search.
+        wait: seconds between two looks for work.
+        progress: called after each candidate, of any worker, with the stage's name and what
+            `Study.run` gives.
+
+    Returns:
+        How many candidates this call judged.
+
+    Raises:
+        UserError: no such storage or search.
+        Exception: whatever an evaluation raises.
+    """
+    place = storage if isinstance(storage, Storage) else Storage(storage, heartbeat, create=False)
+    studies: dict[str, Study] = {}
+    judged = 0
+    while not (head := notes(place, name)).get("finished"):
+        stage = _open_stage(place, name, head)
+        if stage is None:
+            time.sleep(wait)
+            continue
+        if stage not in studies:
+            study = Study.load(place, f"{name}.{stage}")
+            study.evaluate = evaluators(stage, head, study.space)
+            studies[stage] = study
+        study = studies[stage]
+        tell: Progress | None = progress and partial(progress, stage)
+        found = study.join(tell, stop=lambda study=study: not study.notes.get("open"))
+        judged += found
+        if not found:  # all candidates are settled, and the head has not closed the stage yet
+            time.sleep(wait)
+    return judged
+
+
+def _open_stage(place: Storage, name: str, head: Mapping[str, Any]) -> str | None:
+    """The first stage that is open and has a plan."""
+    begun = set(place.names())
+    for stage in head.get("stages", ()):
+        if f"{name}.{stage}" in begun:
+            attributes = place.attributes(f"{name}.{stage}")
+            if attributes.get(f"{NOTE}open") and PLAN in attributes:
+                return stage
+    return None
