@@ -1,17 +1,17 @@
 """Coarse to fine: search everything roughly, then keep what was found and refine the rest.
 
 EfficientBERT (arXiv 2109.07222, section on progressive search) searches functions and widths
-jointly first and afterwards only the stacks and widths, with the functions of the winner. Each
+jointly first, then functions alone, then stacks and widths alone, each time around the winner. Each
 stage here is a `Study` of its own over a space that the winner so far narrows, in the same storage
-under its own name; the next stage inherits what is known, so nothing is judged twice. An
-interrupted search resumes in the stage where it stopped: finished stages only read their results
-again.
+under its own name. Where stages judge alike, the next one inherits what is known and nothing is
+judged twice. An interrupted search resumes in the stage where it stopped: finished stages only read
+their results again.
 
 Why stages and not one long search: functions and widths interact, but most of what a width change
 brings does not depend on the function, and the joint space is the product of both.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..expr import Gene
-from .proposals import Evaluated
+from .merit import front
+from .proposals import Evaluated, Proposal
 from .space import Candidate, Space, frozen
-from .study import Evaluate, Study, front
+from .study import Evaluate, Study
 
 StageProgress = Callable[[str, dict[str, Any], int, int], None]
 
@@ -35,15 +36,20 @@ class Stage:
     Attributes:
         name: what it is called in results and storage.
         trials: candidates to judge, those by chance included.
-        random: how many of them are drawn by chance before evolution starts.
+        random: how many of them are drawn by chance before `proposals` takes over.
         freeze: None searches the whole space; "functions" keeps the winner's functions and searches
             stacks and ratios; "shapes" the other way round.
+        proposals, objectives, batch, reduction: see `Study`.
     """
 
     name: str
     trials: int
     random: int = 0
     freeze: str | None = None
+    proposals: str | Mapping[str, Any] | Proposal = "evolution"
+    objectives: tuple[str, ...] = ("quality",)
+    batch: int = 1
+    reduction: int = 3
 
     def __post_init__(self):
         if self.trials < 1 or not 0 <= self.random <= self.trials:
@@ -56,6 +62,28 @@ class Stage:
 STAGES = (Stage("coarse", trials=24, random=10), Stage("fine", trials=12, freeze="functions"))
 
 
+class StageJudge:
+    """How a search's stages judge candidates; this one always by the same function."""
+
+    def __init__(self, evaluate: Evaluate):
+        self.evaluate = evaluate
+
+    def open(self, stage: Stage, study: Study, winner: Candidate | None) -> Evaluate:
+        """Called before a stage's first candidate; gives what judges them."""
+        return self.evaluate
+
+    def close(self, stage: Stage, study: Study) -> None:
+        """Called when a stage is finished, also when an earlier run finished it."""
+
+    def comparable(self, stage: Stage, other: Stage) -> bool:
+        """Whether qualities of both stages mean the same."""
+        return True
+
+    def enough(self, stage: Stage) -> bool:
+        """Whether a stage ends now, after the candidate that was just judged."""
+        return False
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """What a search found.
@@ -64,7 +92,8 @@ class SearchResult:
         genes: the winner, one gene per layer.
         best: its record.
         candidates: records of all that were judged (see `Study.candidates`), with "stage".
-        front: the records that none beats in both parameters and quality, smallest first.
+        front: the records of the last stage, and of those that judge as it does, that none beats in
+            all objectives (of quality alone: in quality and parameters).
     """
 
     genes: tuple[Gene, ...]
@@ -75,7 +104,7 @@ class SearchResult:
 
 def coarse_to_fine(
     space: Space,
-    evaluate: Evaluate,
+    evaluate: Evaluate | StageJudge,
     storage: str | Path | None = None,
     stages: Sequence[Stage] = STAGES,
     seeds: Iterable[Candidate] = (),
@@ -87,7 +116,8 @@ def coarse_to_fine(
 
     Args:
         space: the whole space with its budget.
-        evaluate: takes the genes, one per layer; returns the quality, where more is better.
+        evaluate: takes the genes, one per layer; returns the quality, where more is better. Or a
+            `StageJudge`, where stages judge differently.
         storage: run directory, database URL, or None for memory only (see `Study`).
         seeds: candidates to judge first, such as `space.plain()`.
         seed: of all proposals.
@@ -101,35 +131,78 @@ def coarse_to_fine(
     """
     if not stages or len({stage.name for stage in stages}) < len(stages):
         raise UserError("a search needs at least one stage, and every stage a name of its own")
-    known: list[Evaluated] = []
+    judge = evaluate if isinstance(evaluate, StageJudge) else StageJudge(evaluate)
     records: list[dict[str, Any]] = []
-    for stage in stages:
-        here = _narrowed(space, stage, known)
-        study = Study(here, evaluate, storage, f"{name}.{stage.name}", seed)
-        study.inherit(known)
-        tell = progress and partial(progress, stage.name)
-        if stage.random:
-            study.run(stage.random, "random", seeds, tell)
-        study.run(stage.trials, "evolution", seeds, tell)
-        seeds = ()
+    known: list[Evaluated] = []  # by stages that judge as the last one
+    winner: Candidate | None = None
+    for place, stage in enumerate(stages):
+        if place and not judge.comparable(stage, stages[place - 1]):
+            known = []
+        here = _narrowed(space, stage, winner)
+        first = tuple(seeds) if winner is None else (winner,)
+        study = _searched(here, stage, judge, storage, first, known, winner, seed, name, progress)
         for record, seen in zip(study.candidates(), study.history(), strict=True):
-            if not record.pop("inherited"):
+            if record.pop("inherited"):
+                continue
+            records.append({"stage": stage.name, **record})
+            if not record["pruned"]:
                 known.append(seen)
-                records.append({"stage": stage.name, **record})
-    if not records:
+        if known:
+            winner = max(known, key=lambda seen: (seen.quality, -seen.candidate.params)).candidate
+    if winner is None:
         raise UserError("no candidate reached a quality: all of them diverged")
-    best = max(records, key=lambda record: (record["quality"], -record["params"]))
+    last = [
+        record
+        for record in records
+        if not record["pruned"] and judge.comparable(_named(stages, record["stage"]), stages[-1])
+    ]
+    if not last:
+        raise UserError(f"no candidate of stage {stages[-1].name} reached a quality: all diverged")
+    best = max(last, key=lambda record: (record["quality"], -record["params"]))
     genes = tuple(Gene.parse(text, space.base) for text in best["genes"])
-    return SearchResult(genes, best, records, front(records))
+    objectives = stages[-1].objectives
+    objectives = objectives if len(objectives) > 1 else ("quality", "params")
+    return SearchResult(genes, best, records, front(last, objectives))
 
 
-def _narrowed(space: Space, stage: Stage, known: Sequence[Evaluated]) -> Space:
-    """The stage's space: around the best candidate so far where the stage freezes something."""
+def _searched(here, stage, judge, storage, seeds, known, winner, seed, name, progress) -> Study:
+    """The study of a stage, all of whose candidates are judged."""
+    judged: list[Evaluate] = []
+    study = Study(
+        here,
+        lambda genes: judged[0](genes),
+        storage,
+        f"{name}.{stage.name}",
+        seed,
+        stage.objectives,
+        stage.reduction,
+    )
+    study.inherit(known)
+    if study.counts()["settled"] < stage.trials:
+        judged.append(judge.open(stage, study, winner))
+        study.run(
+            stage.trials,
+            stage.proposals,
+            seeds,
+            progress and partial(progress, stage.name),
+            stage.batch,
+            stage.random,
+            lambda: judge.enough(stage),
+        )
+    judge.close(stage, study)
+    return study
+
+
+def _named(stages: Sequence[Stage], name: str) -> Stage:
+    return next(stage for stage in stages if stage.name == name)
+
+
+def _narrowed(space: Space, stage: Stage, winner: Candidate | None) -> Space:
+    """The stage's space: around the winner so far where the stage freezes something."""
     if stage.freeze is None:
         return space
-    if not known:
+    if winner is None:
         raise UserError(
             f"stage {stage.name} freezes {stage.freeze}, but no earlier stage found a candidate"
         )
-    winner = max(known, key=lambda seen: (seen.quality, -seen.candidate.params))
-    return frozen(space, winner.candidate, stage.freeze)
+    return frozen(space, winner, stage.freeze)

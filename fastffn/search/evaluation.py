@@ -29,10 +29,11 @@ from fastffn.distill.recipe import Recipe
 from fastffn.distill.recipe_parts import ModelSpec, Stage
 from fastffn.distill.stage_module import StageModule
 from fastffn.distill.stages import freeze
+from fastffn.distill.subnetworks import kept_layers
 from fastffn.distill.teaching import Taught, cached, runner
 from fastffn.errors import UserError
 from fastffn.evaluate.size import count
-from fastffn.expr import Gene
+from fastffn.expr import Cost, Gene, gene_cost
 from fastffn.models import extract
 from fastffn.search.oneshot import SharedPrefixes
 from fastffn.search.recipe import SearchRecipe, SearchStage
@@ -192,7 +193,7 @@ class OneShot(_Evaluation):
         self._shared = SharedPrefixes(self.supernet)
 
     def __call__(self, genes: Sequence[Gene]) -> float:
-        self.supernet.set_genes(genes)
+        self.supernet.set_genes(genes, layers_for(genes, self.supernet))
         with self._shared:
             return self.score(self.supernet, self._module, self._shared.batch)
 
@@ -212,7 +213,7 @@ class Trained(_Evaluation):
 
     def __call__(self, genes: Sequence[Gene]) -> Iterator[float]:
         """Yields the quality after each rung."""
-        candidate = extract(self.supernet, genes)
+        candidate = extract(self.supernet, genes, layers_for(genes, self.supernet))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for place, (stage, taught, seed) in enumerate(self._trainings):
                 last = place == len(self._trainings) - 1
@@ -281,21 +282,25 @@ def _batches(lengths: np.ndarray, size: int, seed: int) -> Iterator[list[int]]:
         epoch += 1
 
 
-def rest_of(model: nn.Module, length: int = 128) -> tuple[int, int]:
+def layers_for(genes: Sequence[object], supernet: nn.Module) -> list[int] | None:
+    """Which of the supernet's layers a candidate of so many genes has; None: all."""
+    count = supernet.config.num_hidden_layers
+    return None if len(genes) == count else kept_layers(len(genes), count)
+
+
+def rest_of(supernet: nn.Module, depth: int, length: int = 128) -> tuple[int, int]:
     """What an EfficientBERT encoder has besides its FFNs: parameters, and MACs per token.
 
     Args:
-        model: with or without a head, which does not count; a supernet is measured by its current
-            genes.
+        supernet: with or without a head, which does not count.
+        depth: number of its layers that count.
         length: tokens of the text that attention's share is counted for.
     """
-    from fastffn.expr import Cost, gene_cost
-
-    base = model.base_model
-    if base.config.supernet is not None:
-        base = extract(base)
-    config = base.config
+    base = supernet.base_model
+    genes = base.config.parsed_genes()[:depth]
+    model = extract(base, genes, layers_for(genes, base))
+    config = model.config
     length = min(length, config.max_position_embeddings)
-    found = count(base, length)
-    ffns = sum((gene_cost(g, config.hidden_size) for g in config.parsed_genes()), Cost())
+    found = count(model, length)
+    ffns = sum((gene_cost(gene, config.hidden_size) for gene in genes), Cost())
     return found["params"] - ffns.params, found["macs"] // length - ffns.macs

@@ -8,6 +8,7 @@ keys more. Its stages are not run one after another: the stages of the search na
     models: {supernet: <model>}      what is searched in: {supernet: {...}} or {load: DIR}
     space: {...}                     keys of `Space`, or the path of a YAML file with them
     search: [{name: ..., trials: ..., score: {...}, ...}, ...]      `SearchStage`
+    seeds: [[<gene>, ...], ...]      what is judged first; or a file that a search has exported
     minutes: null                    for all of the search
 
 The model `candidate`, a sub-network of the supernet with the supernet's weights, is added here:
@@ -37,7 +38,7 @@ from ..distill.recipe_fields import RecipeError, build
 from ..distill.recipe_parts import UNSET
 from ..errors import UserError
 from . import recipe_checks
-from .space import Space
+from .export import read_genes
 
 __all__ = ["Score", "SearchRecipe", "SearchStage", "locate", "read", "shipped"]
 
@@ -45,7 +46,7 @@ SUPERNET, CANDIDATE = "supernet", "candidate"  # the models that stages train
 _CANDIDATE = {"efficientbert": {"from": SUPERNET}}
 _FOLDER = Path(__file__).with_name("recipes")
 _NAMED = ("stages", "search")  # keys whose lists go by name
-_OWN = ("space", "search", "minutes")
+_OWN = ("space", "search", "seeds", "minutes")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ class SearchRecipe:
         space: values of `Space` as YAML has them; what is left out and a supernet has
             (hidden_size, num_layers, base) is the supernet's.
         search: the stages, in order.
+        seeds: candidates that are judged first, a list of genes each, one per layer; None: plain
+            ones, the largest. In a recipe also the path of a genes.yaml.
         minutes: of wall time, for everything; stages then end early. None: no limit.
 
     Raises:
@@ -150,6 +153,7 @@ class SearchRecipe:
     distil: Recipe
     space: dict[str, Any]
     search: tuple[SearchStage, ...]
+    seeds: tuple[tuple[str, ...], ...] | None = None
     minutes: float | None = None
 
     def __post_init__(self):
@@ -169,30 +173,6 @@ class SearchRecipe:
     def seed(self) -> int:
         return self.distil.seed
 
-    def space_in(self, config: Any, **values: Any) -> Space:
-        """The space of a supernet's genes.
-
-        Args:
-            config: the supernet's `EfficientBertConfig`: gives hidden_size, num_layers and base.
-            values: of other attributes, where `space` does not say them: rest_params, table.
-
-        Raises:
-            UserError: `space` says another size, or has stacks, ratios or gates that the supernet
-                does not hold; and as `Space`.
-        """
-        size = {
-            "hidden_size": config.hidden_size,
-            "num_layers": config.num_hidden_layers,
-            "base": config.ffn_base,
-        }
-        for name, value in size.items():
-            if self.space.get(name, value) != value:
-                said = f"space.{name} is {self.space[name]}, the supernet's is {value}"
-                raise UserError(f"{said}: leave it out")
-        space = Space.from_dict({**values, **self.space, **size})
-        recipe_checks.check_fits(space, config.supernet)
-        return space
-
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "SearchRecipe":
         """The recipe that plain values describe as a file would; there are no lines to name."""
@@ -207,6 +187,7 @@ class SearchRecipe:
             "models": models,
             "space": plain(self.space),
             "search": search,
+            "seeds": plain(self.seeds),
             "minutes": self.minutes,
         }
 
@@ -252,6 +233,7 @@ def _recipe(
         for text in overrides:
             recipe_overrides.apply(values, places, text, _NAMED)
             _read_space(values, places)
+        _read_seeds(values)
         _add_candidate(values)
         _complete_scores(values)
         # The supernet is there to be searched in, whether a stage trains it or not.
@@ -270,6 +252,17 @@ def _read_space(values: dict[str, Any], places: recipe_yaml.Places) -> None:
         raise RecipeError(("space",), f": {error}") from None
     values["space"] = {} if space is None else space
     places.include(("space",), lines)
+
+
+def _read_seeds(values: dict[str, Any]) -> None:
+    """Puts the genes of a file in the place of the file's path."""
+    path = values.get("seeds")
+    if not isinstance(path, str) or path == UNSET:
+        return
+    try:
+        values["seeds"] = [[str(gene) for gene in read_genes(path)]]
+    except UserError as error:
+        raise RecipeError(("seeds",), f": {error}") from None
 
 
 def _add_candidate(values: dict[str, Any]) -> None:

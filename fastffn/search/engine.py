@@ -1,0 +1,355 @@
+"""Runs a search recipe: its stages one after the other, resumable at any moment.
+
+    report = run("small", out="runs/small", overrides=["teacher=DIR", "data.general.text=a.txt"])
+
+The run directory:
+
+    recipe.yaml            the recipe as resolved, which can be run again
+    state.json             what is finished
+    search.sqlite3         the studies, one for each stage, unless `storage` names a database
+    supernets/coarse/      the run that trained the supernet, for the stage of that name
+    work/                  caches of teachers' outputs; removed at the end
+    genes.yaml, config.json, student.yaml     the winner: genes, model, a recipe to distil it
+    pictures/, report.json
+
+The same call on a directory that holds an unfinished search goes on where that one was; candidates
+that are judged stay judged. More trials may be asked for at any time, of a finished search too.
+Other processes, on this machine or others, join by `worker.run` on the same database: this one
+judges candidates as they do, and alone trains supernets and goes from stage to stage.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastffn.distill import engine as distillation_engine
+from fastffn.distill.preparation import prepare
+from fastffn.distill.subnetworks import kept_layers
+from fastffn.errors import UserError
+from fastffn.files import write_text_atomic
+from fastffn.memory import freed_memory_kept
+from fastffn.rundir import RunDirectory, atomic_directory
+from fastffn.search import compare as comparing
+from fastffn.search import export, show
+from fastffn.search.coarse_to_fine import StageJudge, coarse_to_fine
+from fastffn.search.evaluation import SUPERNET, distillation, evaluation, rest_of
+from fastffn.search.latency import measure
+from fastffn.search.recipe import SearchRecipe, SearchStage, read
+from fastffn.search.recipe_checks import check_fits
+from fastffn.search.space import Candidate, Space
+from fastffn.search.storage import Storage
+from fastffn.search.study import Study
+
+Progress = Callable[[str, float, float, str], None]
+
+_CONTENTS = ("supernets", "search.sqlite3", "pictures", "recipe.yaml", "report.json")
+_CONTENTS += ("genes.yaml", "config.json", "student.yaml")
+_SEEDS = 4  # plain candidates that are judged first
+
+
+def run(
+    recipe: SearchRecipe | str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    storage: str | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Runs what is not finished yet and returns the report.
+
+    Args:
+        recipe: a `SearchRecipe`, the path of one, or the name of a shipped one.
+        out: the run directory; None: runs/<name of the recipe>.
+        overrides: texts "key.sub=value", see `recipe.read`.
+        storage: URL of a database for the candidates; None: a file in the run directory.
+        fresh: start over where `out` holds another or a finished search.
+        progress: called as progress(phase, done, total, text).
+
+    Returns:
+        The report as plain data, which report.json holds too (see `show`).
+
+    Raises:
+        UserError: bad input, before anything is trained; no candidate with a quality.
+        KeyboardInterrupt: passed on; the same call resumes.
+    """
+    recipe = _read(recipe, overrides)
+    out = Path(out or Path("runs") / recipe.name)
+    progress = progress or (lambda phase, done, total, text: None)
+    directory = RunDirectory(out, _options(recipe, storage), fresh, _CONTENTS, ("space",))
+    if directory.finished:
+        done = directory.kept("trials")
+        if all(stage.trials <= done[stage.name] for stage in recipe.search):
+            progress("report", 1, 1, f"finished before: {out} (--fresh starts over)")
+            return directory.report
+        directory.reopen()
+    with freed_memory_kept():
+        search = _Search(recipe, directory, storage, progress)
+        write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+        coarse_to_fine(
+            search.space,
+            search,
+            search.storage,
+            recipe.search,
+            search.seeds(),
+            recipe.seed,
+            recipe.name,
+            search.tell,
+        )
+    report = search.report()
+    directory.keep("trials", {stage.name: stage.trials for stage in recipe.search})
+    write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
+    directory.finish(report)
+    return report
+
+
+def compare(
+    recipe: SearchRecipe | str | Path,
+    out: str | Path | None,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compares methods of proposing on equal budgets: those of the recipe's first search stage.
+
+    The supernet is that of the run directory, where a search has trained it or this call does; what
+    is judged stays in compare.json there, so that an interrupted comparison goes on.
+
+    Returns:
+        See `fastffn.search.compare.compare`.
+
+    Raises:
+        UserError: as `run`, an unknown method, or a seed that is negative.
+    """
+    recipe = _read(recipe, overrides)
+    out = Path(out or Path("runs") / recipe.name)
+    progress = progress or (lambda phase, done, total, text: None)
+    stage = recipe.search[0]
+    directory = RunDirectory(out, _options(recipe, None), False, _CONTENTS, ("space",))
+    kept = out / "compare.json"
+    judged = json.loads(kept.read_text()) if kept.exists() else {}
+    total = len(methods) * len(seeds) * stage.trials
+    done = 0
+
+    def tell(method: str, seed: int, record: Mapping[str, Any], count: int, of: int) -> None:
+        nonlocal done
+        done += 1
+        write_text_atomic(kept, json.dumps(judged))
+        quality = "diverged" if record["quality"] is None else f"{record['quality']:.4g}"
+        progress("compare", done, total, f"{method}, seed {seed}: {quality}")
+
+    with freed_memory_kept():
+        search = _Search(recipe, directory, None, progress)
+        return comparing.compare(
+            search.space,
+            search.evaluation(stage, None),
+            methods,
+            stage.trials,
+            seeds,
+            tell,
+            stage.objectives,
+            stage.random,
+            judged,
+        )
+
+
+class _Search(StageJudge):
+    """A search on its way: its space, its storage, and how each stage judges."""
+
+    def __init__(
+        self, recipe: SearchRecipe, directory: RunDirectory, storage: str | None, progress: Progress
+    ):
+        self.recipe, self.directory, self.progress = recipe, directory, progress
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.end = None if recipe.minutes is None else time.monotonic() + 60 * recipe.minutes
+        self.ends: dict[str, float] = {}  # of stages, where time is limited
+        self.space, self.config = self._begun()
+        self.layers = kept_layers(self.space.num_layers, self.config["num_hidden_layers"])
+        self.place = storage or str(directory.path)
+        self.storage = Storage(self.place)
+        self._records: list[dict[str, Any]] = []
+        self._started = (time.monotonic(), 0)
+        self.studies: dict[str, Study] = {}
+
+    def seeds(self) -> list[Candidate]:
+        """What is judged first: the recipe's, else the largest plain ones."""
+        given = self.recipe.seeds
+        if given is None:
+            return self.space.plain()[:_SEEDS]
+        return [self.space.candidate(genes) for genes in given]
+
+    # -- stages
+
+    def comparable(self, stage: SearchStage, other: SearchStage) -> bool:
+        def way(of: SearchStage) -> tuple:
+            return of.train, of.rungs, of.score, self._trained_for(of)
+
+        return way(stage) == way(other)
+
+    def open(self, stage: SearchStage, study: Study, winner: Candidate | None):
+        evaluate = self.evaluation(stage, winner)
+        study.note("supernet", str(self._folder(stage)))
+        study.note("recipe", self.recipe.to_mapping())
+        study.note("directory", str(self.directory.path.resolve()))
+        study.note("open", True)
+        self.studies[stage.name] = study
+        self._records = [r for r in study.candidates() if not r["inherited"]]
+        self._started = time.monotonic(), study.counts()["settled"]
+        if self.end is not None:
+            stages = self.recipe.search[self.recipe.search.index(stage) :]
+            share = stage.trials / sum(later.trials for later in stages)
+            now = time.monotonic()
+            self.ends[stage.name] = now + share * max(0.0, self.end - now)
+        return evaluate
+
+    def close(self, stage: SearchStage, study: Study) -> None:
+        if study.notes.get("open"):
+            study.note("open", False)
+        counts = study.counts()
+        self.progress(stage.name, stage.trials, stage.trials, f"{counts['finished']} judged")
+
+    def enough(self, stage: SearchStage) -> bool:
+        return stage.name in self.ends and time.monotonic() > self.ends[stage.name]
+
+    def tell(self, stage: str, record: dict[str, Any], done: int, total: int) -> None:
+        """Shows what a stage has found so far."""
+        if record["quality"] is not None:
+            self._records.append(record)
+        objectives = next(s.objectives for s in self.recipe.search if s.name == stage)
+        started, before = self._started
+        said = show.status(self._records, objectives, done, total, started, before)
+        self.progress(stage, done, total, said)
+
+    def evaluation(self, stage: SearchStage, winner: Candidate | None):
+        """What judges a stage's candidates; trains the supernet first, if the stage says so."""
+        if stage.supernet:
+            self.directory.phase(f"supernet {stage.name}", lambda: self._train(stage, winner))
+        folder, work = self._folder(stage), self.directory.work
+        return evaluation(self.recipe, stage, folder, work, self.device, self.progress)
+
+    # -- supernets
+
+    def _trained_for(self, stage: SearchStage) -> str | None:
+        """The last stage until this one for which a supernet was trained."""
+        until = self.recipe.search[: self.recipe.search.index(stage) + 1]
+        return next((before.name for before in reversed(until) if before.supernet), None)
+
+    def _folder(self, stage: SearchStage) -> Path:
+        """Where the supernet lies that a stage uses."""
+        trained = self._trained_for(stage)
+        if trained is None:
+            return Path(self.recipe.distil.models[SUPERNET].load)
+        return self.directory.path / "supernets" / trained / "student"
+
+    def _train(self, stage: SearchStage, winner: Candidate | None) -> dict[str, Any]:
+        """Runs the stage's distillation of the supernet; resumes an interrupted one."""
+        place = self.recipe.search.index(stage)
+        folder = self.directory.path / "supernets"
+        source = None
+        if place and self._trained_for(self.recipe.search[place - 1]):
+            before = self._folder(self.recipe.search[place - 1])
+            source = folder / f"{stage.name}-start"
+            if not source.exists():
+                self._with_functions(before, winner, source)
+        recipe = distillation(self.recipe, stage.supernet, source)
+        report = distillation_engine.run(recipe, folder / stage.name, progress=self.progress)
+        if source is not None:
+            shutil.rmtree(source)
+        return {"seconds": sum(each["seconds"] for each in report["stages"].values())}
+
+    def _with_functions(self, before: Path, winner: Candidate, folder: Path) -> None:
+        """A copy of a supernet with the winner's genes: it trains their functions."""
+        with atomic_directory(folder) as made:
+            shutil.copytree(before, made, dirs_exist_ok=True)
+            config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+            for layer, text in zip(self.layers, winner.texts, strict=True):
+                config["genes"][layer] = text
+            (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    # -- the beginning and the end
+
+    def _begun(self) -> tuple[Space, dict[str, Any]]:
+        """The space, and the supernet's configuration; everything that the recipe names is read and
+        checked when it is run for the first time."""
+
+        def begin() -> dict[str, Any]:
+            made = prepare(self.recipe.distil, self.progress)
+            supernet = made.models[SUPERNET].base_model
+            values = _completed(self.recipe.space, supernet)
+            space = Space.from_dict(values)
+            if space.latency != Space.latency or self._wants_latency():
+                table = measure(
+                    space,
+                    model=supernet.to(space.target.device),
+                    progress=lambda done, total: self.progress("latency", done, total, ""),
+                )
+                space = Space.from_dict(values | {"table": table.to_dict()})
+            check_fits(space, supernet.config.supernet)
+            _check_size(space, supernet.config)
+            space.smallest()
+            for genes in self.recipe.seeds or ():
+                space.candidate(genes)
+            return {"space": space.to_dict(), "config": supernet.config.to_dict()}
+
+        kept = self.directory.phase("space", begin)
+        return Space.from_dict(kept["space"]), kept["config"]
+
+    def _wants_latency(self) -> bool:
+        return any("latency" in stage.objectives for stage in self.recipe.search)
+
+    def report(self) -> dict[str, Any]:
+        """Of the finished search; writes the winner's files."""
+        found = show.collect(self.place, self.recipe.name)
+        for stage, said in zip(self.recipe.search, found["stages"], strict=True):
+            score = self.recipe.to_mapping()["search"][self.recipe.search.index(stage)]["score"]
+            said |= {"score": score, "supernet": str(self._folder(stage))}
+        found["supernet"] = found["stages"][-1]["supernet"]
+        found["space"] = self.space.to_dict()
+        found["seconds"] = round(sum(self.directory.seconds().values()) + found["seconds"], 1)
+        found["machine"] = distillation_engine.device_name(self.device)
+        found["versions"] = distillation_engine.versions(("optuna", "scikit-learn"))
+        export.export(found, self.directory.path, self.config, self.recipe.distil)
+        return found
+
+
+def _read(recipe: SearchRecipe | str | Path, overrides: Sequence[str]) -> SearchRecipe:
+    if not isinstance(recipe, SearchRecipe):
+        return read(recipe, overrides)
+    if overrides:
+        raise UserError("overrides are for recipes that are read: change the SearchRecipe instead")
+    return recipe
+
+
+def _options(recipe: SearchRecipe, storage: str | None) -> dict[str, Any]:
+    """What decides the result; more trials and time may be given when a search is resumed."""
+    values = recipe.to_mapping()
+    del values["minutes"]
+    for stage in values["search"]:
+        del stage["trials"]
+    return distillation_engine.flat(values) | {"storage": storage}
+
+
+def _completed(values: Mapping[str, Any], supernet: nn.Module) -> dict[str, Any]:
+    """The space's values with what the supernet says."""
+    config = supernet.config
+    base = {"hidden_size": config.hidden_size, "base": config.ffn_base}
+    base |= {"num_layers": config.num_hidden_layers} | dict(values)
+    params, macs = rest_of(supernet, base["num_layers"])
+    return {"rest_params": params, "rest_macs": macs} | base
+
+
+def _check_size(space: Space, config: Any) -> None:
+    """Raises a UserError where a space is not one of the supernet's."""
+    for name, theirs in (("hidden_size", config.hidden_size), ("base", config.ffn_base)):
+        if getattr(space, name) != theirs:
+            raise UserError(f"space.{name} is {getattr(space, name)}, the supernet's is {theirs}")
+    if space.num_layers > config.num_hidden_layers:
+        raise UserError(
+            f"space.num_layers is {space.num_layers}, the supernet has {config.num_hidden_layers}"
+        )
