@@ -113,7 +113,7 @@ def test_methods_are_compared(called, capsys):
     assert what == "engine.compare" and recipe.name == "small"
     assert rest == [Path("there"), ("random", "evolution"), (4, 5)]
     assert table[:2] == ("compare.table", ({"methods": {}},))
-    assert again[1][1:] == (Path("runs/small-compare"), ("evolution", "random"), (0, 1, 2))
+    assert again[1][1:] == (Path("runs/small"), ("evolution", "random"), (0, 1, 2))
     assert capsys.readouterr().out.endswith("random 0.1\n")
 
 

@@ -1,15 +1,19 @@
 """Search recipes: reading with lines, overrides, every kind of mistake, and writing."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from fastffn import UserError
+from fastffn.distill import recipe_yaml
+from fastffn.expr import PUBLISHED, gene_cost
 from fastffn.search.proposals import METHODS
 from fastffn.search.recipe import Score, SearchRecipe, SearchStage, read, shipped
+from fastffn.search.recipe_checks import check_fits
+from fastffn.search.space import Space
 
 TEXT = """\
 teacher: ???
@@ -175,24 +179,39 @@ def test_unset_values_are_asked_for_at_once(tmp_path):
     assert "give teacher.load=DIR models.supernet.load=DIR" in said(read, path)
 
 
-def test_the_space_is_that_of_the_supernet(written):
-    config = SimpleNamespace(hidden_size=32, num_hidden_layers=3, ffn_base=2)
-    config.supernet = {"max_stack": 2, "max_width": 64}
-    space = written().space_in(config, rest_params=5, macs=[1, 2])
-    assert (space.hidden_size, space.num_layers, space.base) == (32, 3, 2)
-    assert (space.stacks, space.params.high, space.rest_params) == ((1, 2), 15_000_000, 5)
-    assert written("space.rest_params=7").space_in(config, rest_params=5).rest_params == 7
-    assert said(written("space.base=1").space_in, config) == (
-        "space.base is 1, the supernet's is 2: leave it out"
+def test_a_space_must_fit_its_supernet():
+    space = Space.from_dict({"hidden_size": 32, "num_layers": 3, "ratios": [1, "3/2"]})
+    size = {"max_stack": 4, "max_width": 48}
+    check_fits(space, size)
+    check_fits(dataclasses.replace(space, gated=True), size | {"gated": True})
+    assert said(check_fits, space, size | {"max_width": 47}) == (
+        "space.ratios goes to 3/2, 48 columns, and the supernet's max_width is 47: change this, or "
+        "that to 48"
     )
-    wide = written("space.ratios=[1, 3/2]")  # the recipe does not say how wide the teacher is
-    assert said(wide.space_in, config) == (
-        "space.ratios goes to 3/2, 96 columns, and the supernet's max_width is 64: change this, or "
-        "that to 96"
+    other = dataclasses.replace(space, layers={1: {"stacks": [5]}})
+    assert said(check_fits, other, size).startswith("space.layers.1.stacks goes to 5")
+    assert said(check_fits, dataclasses.replace(space, gated=True), size) == (
+        "space.gated is true, and the supernet's gated is false: change this, or that to true"
     )
-    assert "space.gated is true" in said(
-        written("space.gated=true", "models.supernet={load: DIR}").space_in, config
-    )
+
+
+def test_widths_are_checked_where_the_recipe_says_how_wide_the_supernet_is(written):
+    assert written("space.ratios=[1, 3/2]").space["ratios"] == [1, "3/2"]
+    ratios = ["space.hidden_size=64", "space.ratios=[1, 3/2]"]
+    assert "space.ratios goes to 3/2, 96 columns" in said(written, *ratios)
+
+
+def test_seeds_are_lists_of_genes_or_those_of_a_file(written, tmp_path):
+    assert written().seeds is None
+    genes = ("1x1 down(gelu(up(x)))", "2x1/2 down(relu(up(x)))", "1x1 down(gelu(up(x)))")
+    found = written(f"seeds=[[{', '.join(genes)}]]")
+    assert found.seeds == (genes,)
+    assert SearchRecipe.from_mapping(found.to_mapping()) == found
+    own = tmp_path / "genes.yaml"
+    winner = {"name": "own", "hidden_size": 32, "base": 1, "genes": list(genes)}
+    own.write_text(recipe_yaml.dump(winner))
+    assert written(f"seeds={own}").seeds == (genes,)
+    assert said(written, "seeds=absent.yaml").startswith("seeds=absent.yaml: seeds: ")
 
 
 # -- mistakes ------------------------------------------------------------------------------------
@@ -274,7 +293,9 @@ MISTAKES = {  # what is wrong: text, its replacement, the line that is named, wh
     "no reduction": ("random: 4", "reduction: 1", "reduction", "the best half go on at most"),
     "no batch": ("random: 4", "batch: 0", "batch: 0", "search.coarse.batch 0 is not positive"),
     "unknown method": ("evolution", "evolutoin", "evolutoin", "did you mean evolution?"),
-    "no method": ("method: evolution, ", "", "population", "has no method: give one of"),
+    "no method": ("method: evolution, ", "", "population", "unknown proposal method None"),
+    "unknown option": ("population: 4", "popolation: 4", "popolation", "did you mean population?"),
+    "an option by text": ("population: 4", "population: few", "few", "expected a whole number"),
     "unknown objective": ("[quality, params]", "[quality, size]", "quality, size", "objective 'si"),
     "objectives without quality": ("[quality, params]", "params", "objectives: params", "first"),
     "score of nothing": ("{stage: warmup}", "{rows: 5}", "rows: 5", "metric is missing"),
@@ -333,6 +354,11 @@ def test_a_mistake_is_one_line_with_its_place(what, written, tmp_path):
 # -- the shipped ones ----------------------------------------------------------------------------
 
 GIVEN = {
+    "efficientbert-search": [
+        "models.pretrained.load=P",
+        "models.finetuned.load=F",
+        "data.general.text=a.txt",
+    ],
     "small": ["teacher.load=T", "data.general.text=a.txt"],
     "small-task": ["teacher.load=T", "data.task.task=sst2"],
 }
@@ -357,6 +383,26 @@ def test_a_shipped_recipe_goes_from_everything_to_shapes_alone(name):
     assert [bool(stage.train) for stage in stages] == [True, True, False]  # one-shot in the end
     assert [bool(stage.supernet) for stage in stages] == [True, False, True]
     assert all(stage.proposals in METHODS for stage in stages if isinstance(stage.proposals, str))
+
+
+def test_the_published_search_has_the_published_settings():
+    pytest.importorskip("transformers")
+    from fastffn.models import EfficientBertConfig, EfficientBertModel
+
+    found = read("efficientbert-search", GIVEN["efficientbert-search"])
+    model = EfficientBertModel(EfficientBertConfig.preset("base"))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    rest = params - sum(gene_cost(gene, 540).params for gene in PUBLISHED)
+    size = {"hidden_size": 540, "num_layers": 6, "rest_params": rest}
+    space = Space.from_dict(found.space | size)
+    assert space.candidate(PUBLISHED).params == params  # a member, within the budget
+    assert [space.params.low, space.params.high] == [
+        authors - (540 * 768 + 768) for authors in (15_000_000, 16_000_000)
+    ]
+    by_name = {stage.name: stage for stage in found.distil.stages}
+    task = by_name["candidate_task"]
+    assert found.distil.data["tenth"].limit == 39_270 + found.search[0].score.rows
+    assert 39_270 * task.epochs // task.batch_size == 920
 
 
 def test_shipped_recipes_are_installed(tmp_path):

@@ -42,7 +42,7 @@ def add(commands: Any, add_command: Callable[..., argparse.ArgumentParser]) -> N
         "--compare",
         type=_names,
         metavar="METHOD,METHOD",
-        help="instead of a search, compare these methods of proposing on equal budgets",
+        help="compare these methods of proposing, with equal budgets, in the first stage",
     )
     add("--seeds", nargs="+", type=int, metavar="S", help="of --compare (default: 0 1 2)")
     shown = search.add_mutually_exclusive_group()
@@ -95,7 +95,7 @@ def _search(arguments: argparse.Namespace) -> int:
     recipe = read(arguments.recipe, arguments.overrides)
     compared = arguments.compare
     if arguments.out is None:
-        arguments.out = Path("runs") / (f"{recipe.name}-compare" if compared else recipe.name)
+        arguments.out = Path("runs") / recipe.name
     if compared:
         from fastffn.search import compare
 
@@ -152,8 +152,9 @@ def summary(report: Mapping[str, Any], out: Path) -> list[str]:
 def _of_stage(stage: Mapping[str, Any]) -> str:
     left = {name: stage[name] for name in ("pruned", "diverged") if stage[name]}
     ended = "".join(f", {count} {name}" for name, count in left.items())
+    judged = stage["finished"] + stage["pruned"] + stage["diverged"]
     return (
-        f"stage {stage['name']}: {stage['trials']} candidates in {stage['seconds']:.0f} s, "
+        f"stage {stage['name']}: {judged} candidates in {stage['seconds']:.0f} s, "
         f"{stage['candidates_per_minute']:.1f} a minute{ended}"
     )
 

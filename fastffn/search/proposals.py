@@ -61,6 +61,16 @@ def proposal(method: str | Mapping[str, Any] | Proposal, space: Space) -> Propos
     """
     if not isinstance(method, str | Mapping):
         return method
+    made, options = described(method)
+    return made(space, **options)
+
+
+def described(method: str | Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+    """The class and the options of a method; whether their values make sense, the class knows.
+
+    Raises:
+        UserError: an unknown name or option, or an option of the wrong type.
+    """
     options = {"method": method} if isinstance(method, str) else dict(method)
     name = options.pop("method", None)
     if name not in METHODS:
@@ -76,4 +86,4 @@ def proposal(method: str | Mapping[str, Any] | Proposal, space: Space) -> Propos
         if key not in known:
             raise UserError(f"proposal method {name}: unknown option {key!r}: {choice(key, known)}")
     taken = {key: convert(known[key], value, (name, key)) for key, value in options.items()}
-    return METHODS[name](space, **taken)
+    return METHODS[name], taken

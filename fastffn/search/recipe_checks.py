@@ -14,7 +14,7 @@ from ..distill.recipe_fields import RecipeError, choice
 from ..errors import UserError
 from ..evaluate.metrics import OF_KIND
 from .merit import check_objectives
-from .proposals import METHODS
+from .proposals import described
 from .space import Space
 
 if TYPE_CHECKING:
@@ -187,13 +187,10 @@ def _check_methods(stage: "SearchStage", path: tuple) -> None:
         check_objectives(stage.objectives)
     except UserError as error:
         raise RecipeError((*path, "objectives"), f": {error}") from None
-    method, at = stage.proposals, (*path, "proposals")
-    if not isinstance(method, str):
-        if "method" not in method:
-            raise RecipeError(at, f"has no method: give one of {', '.join(METHODS)}")
-        method, at = method["method"], (*at, "method")
-    if method not in METHODS:
-        raise RecipeError(at, f"is {method}: {choice(method, METHODS)}")
+    try:
+        described(stage.proposals)
+    except UserError as error:
+        raise RecipeError((*path, "proposals"), f": {error}") from None
 
 
 def _check_used(stages: Mapping[str, "Stage"], search: Sequence["SearchStage"]) -> None:
