@@ -326,12 +326,6 @@ MISTAKES = {  # what is wrong: text, its replacement, the line that is named, wh
     ),
     "questions": ("task: mrpc", "task: squad", "{data: task, ", "task of questions"),
     "loss of an unknown stage": ("{stage: warmup}", "{stage: warm}", "{stage: warm}", "did you me"),
-    "loss of another stage": (
-        "{data: task, rows: 100}",
-        "{stage: warmup}",
-        "score: {stage: warmup}",
-        "those it is trained by last: proxy",
-    ),
     "rows": ("rows: 100", "rows: 0", "rows: 0", "search.coarse.score.rows 0 is not positive"),
     "no time": ("minutes: 9", "minutes: 0", "minutes: 0", "minutes 0 is not positive"),
     "unknown key": ("minutes: 9", "minuts: 9", "minuts", "did you mean minutes?"),

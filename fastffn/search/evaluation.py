@@ -120,10 +120,17 @@ class _Evaluation:
         self.supernet = made.models[SUPERNET]
         self.stages = {s.name: (number, s) for number, s in enumerate(made.recipe.enabled)}
         score = stage.score
+        self._scored: Stage | None = None  # by whose losses
         if score.metric == "loss":
             _, scored = self.stages[score.stage]
             self._scored = scored
             module = self.module(scored, self.supernet)
+            trained = stage.train and stage.train[-1] == score.stage
+            if not trained and any(True for _ in module.terms.parameters()):
+                raise UserError(
+                    f"search.{stage.name}: the losses of {score.stage} project hidden states, and "
+                    "nothing trains the projections: score by relations, logits or a metric"
+                )
             data = made.data[scored.data]
             held = dataclasses.replace(data, train=data.held_out)
             taught = self.taught(scored, module, held.train, "held-out")
@@ -185,11 +192,6 @@ class OneShot(_Evaluation):
         self._module = None
         if self.stage.score.metric == "loss":
             self._module = self.module(self._scored, self.supernet)
-            if any(True for _ in self._module.terms.parameters()):
-                raise UserError(
-                    f"search.{self.stage.name}: the losses of {self._scored.name} project hidden "
-                    "states, and nothing trains the projections: score by relations or a metric"
-                )
         self._shared = SharedPrefixes(self.supernet)
 
     def __call__(self, genes: Sequence[Gene]) -> float:
@@ -221,9 +223,12 @@ class Trained(_Evaluation):
                 module = self.module(stage, candidate)
                 steps = self.made.steps(stage)
                 rungs = {max(1, round(part * steps)) for part in self.stage.rungs} if last else ()
+                judging = module
+                if self._scored is not None and self._scored.name != stage.name:
+                    judging = self.module(self._scored, candidate)
                 for done in self._train(module, stage, taught, seed, steps):
                     if done in rungs:
-                        yield self.score(candidate, module)
+                        yield self.score(candidate, judging)
 
     def _train(
         self, module: StageModule, stage: Stage, taught: Taught | None, seed: int, steps: int

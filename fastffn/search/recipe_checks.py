@@ -154,9 +154,6 @@ def _check_score(
         at, name = (*path, "stage"), score.stage
         if name not in stages:
             raise RecipeError(at, f"is {name}: {choice(name, stages)}")
-        if stage.train and name != stage.train[-1]:
-            said = f"is {name}, and a candidate's losses are those it is trained by last"
-            raise RecipeError(at, f"{said}: {stage.train[-1]}")
         _check_rows(distil.data[stages[name].data].task, at)
         return
     at = (*path, "data")
