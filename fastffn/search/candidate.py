@@ -7,9 +7,9 @@ however they are spelled: it is taken from what the functions give on fixed samp
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from fractions import Fraction
 
-from ..expr import Gene
+from ..expr import Expr, Gene
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,22 @@ class Candidate:
         Args:
             cost: params, macs and, if it is known, latency.
         """
-        parts = (f"{gene.stack}x{gene.ratio}-{_meaning(str(gene.expr))}" for gene in genes)
+        parts = (f"{gene.stack}x{gene.ratio}-{_meaning(gene.expr)}" for gene in genes)
         text = f"{genes[0].base} {' '.join(parts)}"
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         return Candidate(tuple(genes), fingerprint=fingerprint, **cost)
 
 
-@lru_cache(maxsize=20_000)
-def _meaning(function: str) -> str:
-    """Fingerprint of the function alone, at ratio 1: it is the same function at every width.
+def _meaning(expr: Expr) -> str:
+    """Fingerprint of the function alone, at ratio 1: it is the same function at every width."""
+    text = str(expr)
+    if text not in _MEANINGS:
+        if len(_MEANINGS) >= _KEPT:
+            _MEANINGS.clear()
+        _MEANINGS[text] = Gene(1, Fraction(1), expr).fingerprint()
+    return _MEANINGS[text]
 
-    Kept by the text: an expression takes a hundred times its memory.
-    """
-    return Gene.parse(f"1x1 {function}").fingerprint()
+
+# By text, and not an lru_cache of expressions: these take a hundred times the memory.
+_KEPT = 20_000
+_MEANINGS: dict[str, str] = {}

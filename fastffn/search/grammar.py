@@ -14,7 +14,7 @@ of the two linear maps out or double it, and the sampler spends its time on thro
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from random import Random
 
 from ..expr import PRIMITIVES, Expr, Gene, Segments
@@ -235,3 +235,12 @@ class Grammar:
 
 def _segments(expr: Expr) -> Segments:
     return Gene(1, Fraction(1), expr).segments
+
+
+@lru_cache(maxsize=1000)
+def plainest(grammar: Grammar, gated: bool, narrow: bool) -> Expr | None:
+    """The plain function of a kind where the grammar has it, else one that it has; None: none."""
+    expr = assemble(plain(gated)).canonical()
+    if grammar.problem(expr):
+        expr = grammar.random(Random(0), gated, narrow)
+    return expr and expr.canonical()

@@ -10,7 +10,7 @@ the stages of a coarse-to-fine search narrow it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +20,7 @@ from ..expr import Cost, Expr, Gene, gene_cost
 from . import space_text
 from .budget import Shape, ShapeTable, Window, shown
 from .candidate import Candidate
-from .grammar import Grammar, assemble, plain
+from .grammar import Grammar, plainest
 from .latency_table import LatencyTable, Target
 from .rules import DEFAULT_PRIMITIVES, Rules
 
@@ -162,7 +162,7 @@ class Space:
         read = []
         for layer, gene in enumerate(genes):
             gene = Gene.parse(gene, self.base) if isinstance(gene, str) else gene
-            gene = gene.canonical()
+            gene = _canonical(gene)
             problem = self.problem(layer, gene)
             if problem:
                 raise UserError(f"layer {layer}, gene {gene}: not in the search space, {problem}")
@@ -242,7 +242,7 @@ class Space:
         cost = self._cost(genes)  # before the fingerprint, which takes a hundred times longer
         if any(window.distance(cost[name]) for name, window in self.budgets):
             return None
-        return Candidate.of([gene.canonical() for gene in genes], cost)
+        return Candidate.of(list(map(_canonical, genes)), cost)
 
     @cached_property
     def budgets(self) -> list[tuple[str, Window]]:
@@ -288,7 +288,7 @@ class Space:
                 found = [gene] if narrow or "x" not in gene.segments.middle.inputs else []
             else:
                 kinds = (False, True)[: 1 + rules.gated]
-                exprs = [_plainest(rules.grammar, gated, narrow) for gated in kinds]
+                exprs = [plainest(rules.grammar, gated, narrow) for gated in kinds]
                 found = [Gene(stack, ratio, expr, self.base) for expr in exprs if expr is not None]
             genes |= {_shape(gene): gene for gene in found}
         return genes
@@ -358,7 +358,7 @@ class Space:
         return gene if expr is None else gene.with_(expr=expr.canonical())
 
     def _plainest(self, shapes: Sequence[Shape]) -> Candidate:
-        genes = [self._gene(layer, shape).canonical() for layer, shape in enumerate(shapes)]
+        genes = [self._gene(layer, shape) for layer, shape in enumerate(shapes)]
         return Candidate.of(genes, self._cost(genes))
 
     def _layer_cost(self, layer: int, gene: Gene) -> dict[str, int]:
@@ -388,10 +388,7 @@ def _shape(gene: Gene) -> Shape:
     return Shape(gene.stack, gene.ratio, gene.gated)
 
 
-@lru_cache(maxsize=1000)
-def _plainest(grammar: Grammar, gated: bool, narrow: bool) -> Expr | None:
-    """The plain function of a kind where the grammar has it, else one that it has; None: none."""
-    expr = assemble(plain(gated)).canonical()
-    if grammar.problem(expr):
-        expr = grammar.random(Random(0), gated, narrow)
-    return expr and expr.canonical()
+def _canonical(gene: Gene) -> Gene:
+    """The gene in canonical spelling, itself where it has it: a new one costs as much as a walk."""
+    expr = gene.expr.canonical()
+    return gene if expr == gene.expr else gene.with_(expr=expr)
