@@ -68,6 +68,7 @@ def test_the_front_is_what_none_dominates(objectives, seed):
         {"at": n, **dict(zip(objectives, value, strict=True))} for n, value in enumerate(seen)
     ]
     records.append({"at": -1, **dict.fromkeys(objectives, 0), "quality": None})
+    records.append({"at": -2, **dict.fromkeys(objectives, 0), objectives[-1]: None})
     found = front(records, objectives)
     rows = [tuple(record[name] for name in objectives) for record in found]
     assert set(rows) == {v for v in seen if not any(dominates(other, v) for other in seen)}

@@ -36,7 +36,7 @@ def features(space: Space, candidate: Candidate) -> list[float]:
     return [*row, math.log(candidate.params), math.log(candidate.macs)]
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=4096)  # few, since an expression takes kilobytes
 def _gene(gene: Gene, hidden: int) -> tuple[float, ...]:
     nodes = list(gene.expr.walk())
     row = [

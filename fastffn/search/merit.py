@@ -125,16 +125,16 @@ def front(
     """The records that none dominates, cheapest first; of equal ones the earliest.
 
     Args:
-        records: mappings with a key for each objective; those whose quality is None are left out.
+        records: mappings with a key for each objective; those that have None somewhere (no quality,
+            no known latency) are left out.
     """
+    rows = [(values(r, r["quality"], objectives), r) for r in records]
+    known = [(_upward(row, objectives), r) for row, r in rows if None not in row]
     found: list[tuple[Values, Mapping[str, Any]]] = []
-    judged = [record for record in records if record["quality"] is not None]
     # from the best quality down: what comes later never dominates what came earlier
-    upward = [_upward(values(r, r["quality"], objectives), objectives) for r in judged]
-    for index in sorted(range(len(judged)), key=lambda index: upward[index], reverse=True):
-        point = upward[index]
+    for point, record in sorted(known, key=lambda pair: pair[0], reverse=True):
         if not any(all(a >= b for a, b in zip(other, point, strict=True)) for other, _ in found):
-            found.append((point, judged[index]))
+            found.append((point, record))
     found.sort(key=lambda pair: ([-value for value in pair[0][1:]], -pair[0][0]))
     return [record for _, record in found]
 

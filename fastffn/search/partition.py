@@ -24,6 +24,7 @@ milliseconds.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
@@ -130,22 +131,21 @@ class PartitionProposal:
     def _surest(self, drawn: Sequence[Candidate], path: Sequence[tuple[Any, int]]) -> Candidate:
         """The candidate with the largest product of the probabilities along the path."""
         rows = [features(self.space, candidate) for candidate in drawn]
-        sure = [0.0] * len(drawn)
+        doubt = [0.0] * len(drawn)  # minus the logarithm of the product
         for classifier, side in path:
-            found = classifier.predict_log_proba(rows)[:, side].tolist()
-            sure = [a + b for a, b in zip(sure, found, strict=True)]
-        return drawn[max(range(len(drawn)), key=sure.__getitem__)]
+            margins = classifier.decision_function(rows).tolist()
+            doubt = [d + _doubt(m if side else -m) for d, m in zip(doubt, margins, strict=True)]
+        return drawn[min(range(len(drawn)), key=doubt.__getitem__)]
 
     def _tree(self, history: Sequence[Evaluated]) -> Region:
         """The tree of this history; the last one is kept."""
         key = [(seen.candidate.fingerprint, seen.merit) for seen in history]
         if self._fitted is None or self._fitted[0] != key:
             order = sorted(seen.merit for seen in history)
-            place = {merit: order.index(merit) for merit in set(order)}
             samples = [
                 _Sample(
                     features(self.space, seen.candidate),
-                    place[seen.merit] / max(len(order) - 1, 1),
+                    bisect_left(order, seen.merit) / max(len(order) - 1, 1),
                     number >= self.warmup,
                 )
                 for number, seen in enumerate(history)
@@ -171,6 +171,11 @@ class _Sample(NamedTuple):
     row: list[float]
     rank: float
     searched: bool
+
+
+def _doubt(margin: float) -> float:
+    """-log(sigmoid(margin)), where exp would overflow too."""
+    return max(-margin, 0.0) + math.log1p(math.exp(-abs(margin)))
 
 
 def _better_half(ranks: Sequence[float]) -> list[bool]:
