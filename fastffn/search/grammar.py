@@ -65,6 +65,11 @@ def _linear_leaves(expr: Expr) -> tuple[Expr, ...]:
     return tuple(node for node in expr.walk() if node.is_leaf and node != X)
 
 
+def _equal(first: Expr, second: Expr) -> bool:
+    """Whether two expressions without equal operands inside them differ in order alone."""
+    return first.height == second.height and first.canonical() == second.canonical()
+
+
 @dataclass(frozen=True)
 class Grammar:
     """What functions a space allows.
@@ -102,7 +107,7 @@ class Grammar:
                 return f"{node.op} is not among the primitives ({', '.join(self.primitives)})"
             if len(node.args) == 1 and node.args[0].op in self.unary:
                 return f"{node.op} stands directly on {node.args[0].op}"
-            if len(node.args) == 2 and node.args[0].canonical() == node.args[1].canonical():
+            if len(node.args) == 2 and _equal(*node.args):
                 return f"both operands of {node.op} are {node.args[0]}"
         return None
 
