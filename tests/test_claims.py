@@ -1,0 +1,162 @@
+"""Claims: one slot per candidate, one candidate per slot, whatever dies between two steps."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import optuna
+import pytest
+from search_workers import SPACE, quality
+
+from fastffn.search import Study, liveness
+from fastffn.search.claims import Claim
+from fastffn.search.storage import Storage
+
+ME = liveness.signature()
+
+
+def dead_owner() -> str:
+    """The signature of a process that is gone."""
+    code = "from fastffn.search import liveness; print(liveness.signature())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def claim(slot: int, fingerprint: str, owner: str = ME) -> Claim:
+    return Claim(slot, fingerprint, ("1x1 down(gelu(up(x)))",), 0, owner)
+
+
+@pytest.fixture(params=["memory", "directory"])
+def claims(request, tmp_path):
+    storage = Storage(None if request.param == "memory" else tmp_path)
+    for name in ("other", "search"):
+        optuna.create_study(storage=storage.backend, study_name=name)
+    assert storage.claims("other").add([claim(0, "a")])  # of its own, whatever the next one does
+    return storage.claims("search")
+
+
+def test_slots_and_candidates_are_claimed_once_and_batches_whole(claims):
+    assert claims.add([claim(0, "a"), claim(1, "b")])
+    assert not claims.add([claim(1, "c")])  # the slot is taken
+    assert not claims.add([claim(2, "c"), claim(3, "b")])  # a candidate is: neither is claimed
+    assert claims.add([claim(2, "c")])
+    assert [found.fingerprint for found in claims.since(1)] == ["b", "c"]
+    assert claims.get([2, 0]) == [claim(0, "a"), claim(2, "c")]
+    assert claims.get([]) == [] and claims.since(3) == []
+
+
+def test_an_attempt_is_raised_once(claims):
+    assert claims.add([claim(0, "a")])
+    (first,) = claims.get([0])
+    assert claims.again(first, "b 1 2 3") and not claims.again(first, "c 1 2 3")
+    assert claims.get([0]) == [first._replace(attempt=1, owner="b 1 2 3")]
+
+
+def test_many_threads_get_every_slot_once(tmp_path):
+    storage = Storage(tmp_path)
+    optuna.create_study(storage=storage.backend, study_name="search")
+    won: list[tuple[int, int]] = []
+
+    def compete(worker: int) -> None:
+        claims, slot = storage.claims("search"), 0
+        while slot < 12:
+            if claims.add([claim(slot, f"{worker} {slot}")]):
+                won.append((slot, worker))
+            slot = len(claims.since(0))
+
+    threads = [threading.Thread(target=compete, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(slot for slot, _ in won) == list(range(12))
+
+
+# -- what a kill leaves
+
+
+def torn(study: Study, owner: str) -> str:
+    """Claims a candidate and does not queue it. Returns its fingerprint."""
+    candidate = study.space.plain()[0]
+    texts = tuple(candidate.texts)
+    study._queue.claims.add([Claim(0, candidate.fingerprint, texts, 0, owner)])
+    return candidate.fingerprint
+
+
+def test_a_claim_whose_worker_died_before_queueing_is_queued_at_once(tmp_path):
+    study = Study(SPACE, quality, tmp_path, heartbeat=100)
+    fingerprint = torn(study, dead_owner())
+    study.run(2)
+    assert [record["number"] for record in study.candidates()] == [0, 1]
+    assert study.candidates()[0]["fingerprint"] == fingerprint
+
+
+def test_a_claim_from_elsewhere_is_queued_after_the_grace_time(tmp_path, monkeypatch):
+    study = Study(SPACE, quality, tmp_path, heartbeat=1)
+    fingerprint = torn(study, "elsewhere 1 2 boot/pid")
+    study._storage.grace = 0.3
+    study.run(2)
+    assert study.candidates()[0]["fingerprint"] == fingerprint
+    assert study._queue.claims.get([0])[0].attempt == 1
+
+
+def test_the_slow_owner_of_a_claim_that_was_given_away_changes_nothing(tmp_path):
+    judged = []
+    study = Study(SPACE, lambda genes: judged.append(genes) or quality(genes), tmp_path)
+    torn(study, dead_owner())
+    (late,) = study._queue.claims.get([0])
+    study.run(1)
+    study._queue._wait(late)  # the owner was not dead after all
+    study.run(2)
+    assert len(judged) == len(set(judged)) == 2
+    assert study.counts()["settled"] == 2 and len(study.candidates()) == 2
+    states = [(t.state.name, "outdated" in t.user_attrs) for t in study._study.trials]
+    assert states == [("COMPLETE", False), ("FAIL", True), ("COMPLETE", False)]
+
+
+TAKEN = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from search_workers import SPACE, quality
+from fastffn.search import Study
+from fastffn.search.sampler import GeneSampler
+
+if {unsigned}:
+    GeneSampler.before_trial = lambda self, study, trial: os.kill(os.getpid(), signal.SIGKILL)
+
+def evaluate(genes):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Study(SPACE, evaluate, {folder!r}, heartbeat=1).run(2)
+"""
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_a_worker_that_dies_as_it_takes_a_candidate(tmp_path, unsigned):
+    tests = os.path.dirname(__file__)
+    code = TAKEN.format(tests=tests, folder=str(tmp_path), unsigned=unsigned)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    study = Study(SPACE, quality, tmp_path, heartbeat=1)
+    study._storage.grace = 0.3  # it left no heartbeat that Optuna could miss
+    assert study._study.trials[0].state.name == "RUNNING"
+    study.run(2)
+    assert [record["number"] for record in study.candidates()] == [0, 1]
+    assert study._study.trials[0].state.name == "FAIL"
+
+
+def test_who_is_dead():
+    assert not liveness.is_dead(ME)
+    assert liveness.is_dead(dead_owner())
+    host, pid, start, machine = ME.split(" ")
+    assert liveness.is_dead(f"{host} {pid} {int(start) - 1} {machine}")  # another process had it
+    assert not liveness.is_dead(f"{host} {pid} {int(start) - 1} other/boot")  # nobody can tell
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = f"{host} {child.pid} {liveness._start(child.pid)} {machine}"
+    assert not liveness.is_dead(owner)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, its parent did not look yet
+    assert liveness.is_dead(owner)
+    child.communicate()
+    assert liveness.worker(owner) == f"{host}:{child.pid}"
