@@ -52,9 +52,9 @@ def save(drawn: Any, path: str | Path) -> Path:
     return path
 
 
-def amount(number: float) -> str:
-    """A number with three digits and a unit, as pictures and tables write it: 1.18M, 225k, 96."""
+def amount(number: float, digits: int = 3) -> str:
+    """A number of so many digits and a unit, as pictures and tables write it: 1.18M, 225k, 96."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+        if number >= size * (1 - 0.5 * 10**-digits):  # what rounds up to the unit
+            return f"{number / size:.{digits}g}{unit}"
+    return f"{number:.{digits}g}"

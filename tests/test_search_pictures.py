@@ -188,3 +188,4 @@ def test_candidates_stopped_early_are_never_among_the_best():
 def test_amounts_have_three_digits():
     numbers = (0, 96, 999.6, 1234, 999_600, 1_180_000, 110e6, 3.2e9)
     assert [*map(amount, numbers)] == ["0", "96", "1k", "1.23k", "1M", "1.18M", "110M", "3.2G"]
+    assert amount(14_806_944, digits=4) == "14.81M"

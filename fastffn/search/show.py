@@ -44,9 +44,21 @@ def collect(place: str | Path, name: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is no search, or its report cannot be read.
     """
-    if "://" not in str(place) and _finished(Path(place)):
-        return _read(Path(place) / REPORT)
-    storage = Storage(place, create=False)
+    known = None
+    if "://" not in str(place) and (Path(place) / REPORT).exists():
+        known = _read(Path(place) / REPORT)
+        if not (Path(place) / FILE).exists():
+            return known
+    found = _collect(Storage(place, create=False), name)
+    # An old report stays where a finished search goes on with more trials.
+    return known if known is not None and _counts(known) == _counts(found) else found
+
+
+def _counts(report: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    return [(s["finished"], s["pruned"], s["diverged"]) for s in report["stages"]]
+
+
+def _collect(storage: Storage, name: str | None) -> dict[str, Any]:
     names = storage.names()
     if not names:
         raise UserError(f"no search in {storage.place} yet")
@@ -83,21 +95,12 @@ def collect(place: str | Path, name: str | None = None) -> dict[str, Any]:
     }
 
 
-def _finished(folder: Path) -> bool:
-    """Whether the report there is of all that was judged; not so where more trials were asked for
-    afterwards."""
-    report, database = folder / REPORT, folder / FILE
-    if not report.exists() or not database.exists():
-        return report.exists()
-    return report.stat().st_mtime >= database.stat().st_mtime
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(report, dict) or not {"candidates", "stages", "space"} <= report.keys():
+    if not isinstance(report, dict) or not {"candidates", "stages", "space"} <= set(report):
         raise UserError(f"{path} is not the report of a search: give a search's run directory")
     return report
 
@@ -241,7 +244,8 @@ def _front_table(report: Mapping[str, Any], front: Sequence[Mapping[str, Any]]) 
     columns = ["quality", "parameters", "MACs", *(["ms"] if latency else []), "stage", "number"]
     made = _rows(f"Front of {' and '.join(objectives)}: {len(front)}{more}", columns)
     for record in shown:
-        cells = [f"{record['quality']:.4g}", amount(record["params"]), amount(record["macs"])]
+        costs = [amount(record[cost], digits=4) for cost in ("params", "macs")]
+        cells = [f"{record['quality']:.4g}", *costs]
         if latency:
             known = record.get("latency") is not None
             cells.append(f"{record['latency'] / 1000:.3g}" if known else "–")
