@@ -1,18 +1,11 @@
-"""The report's pictures: losses, candidates as size against quality, latency.
-
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; shape and label say
-the same again. Drawn without pyplot, so that no window system and no global state is involved.
-"""
+"""The report's pictures: losses, candidates as size against quality, latency."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastffn.compress.tables import digits, is_number, ratio
-from fastffn.files import atomic_path
+from fastffn.figures import BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, RED, figure, plain_axes, save
 
-BLACK, GREY = "#222222", "#777777"
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_DOTS = 150  # per inch
 _CURVES = {"warmup": "warm-up of the supernet", "distil": "distillation of the student"}
 
 
@@ -23,32 +16,20 @@ def draw(report: Mapping, directory: str | Path) -> dict[str, Path]:
         "latency", "candidates", "curves" -> the PNG in `directory`.
     """
     drawn = {}
-    for name, figure in (
+    for name, made in (
         ("latency", latency(report)),
         ("candidates", candidates(report)),
         ("curves", curves(report)),
     ):
-        if figure is not None:
-            path = Path(directory) / f"{name}.png"
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=_DOTS)
-            drawn[name] = path
+        if made is not None:
+            drawn[name] = save(made, Path(directory) / f"{name}.png")
     return drawn
 
 
-def _figure(width: float, height: float, columns: int = 1):
-    """A figure of so many inches and its axes, on a canvas without a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-    return figure, axes
+def _panels(width: float, height: float, columns: int = 1):
+    """A figure of so many inches and its axes, side by side."""
+    made = figure(width, height)
+    return made, [plain_axes(ax) for ax in made.subplots(1, columns, squeeze=False)[0]]
 
 
 # -- candidates ----------------------------------------------------------------------------------
@@ -73,7 +54,7 @@ def candidates(report: Mapping):
     ]
     if not trials:
         return None
-    figure, (ax,) = _figure(6.4, 4.2)
+    drawn, (ax,) = _panels(6.4, 4.2)
     largest = max(trial["params"] for trial in trials)
     unit, unit_name = (1e6, "millions") if largest >= 1e6 else (1e3, "thousands")
     marks = {"coarse": ("o", BLUE, 34), "fine": ("^", ORANGE, 46)}
@@ -108,13 +89,13 @@ def candidates(report: Mapping):
             label="chosen",
             zorder=4,
         )
-    ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+    ax.grid(axis="x", color=LIGHT, linewidth=0.6)
     ax.margins(0.08)
     ax.set_xlabel(f"parameters without word embeddings, {unit_name}")
     ax.set_ylabel("quality on validation text (Spearman)")
     ax.set_title("Candidates of the search", loc="left")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return figure
+    drawn.legend(loc="outside lower center", ncols=4, frameon=False)
+    return drawn
 
 
 # -- losses --------------------------------------------------------------------------------------
@@ -152,7 +133,7 @@ def curves(report: Mapping):
     }
     if not found:
         return None
-    figure, axes = _figure(max(6.4, 4.8 * len(found)), 3.8, len(found))
+    drawn, axes = _panels(max(6.4, 4.8 * len(found)), 3.8, len(found))
     colours = _part_colours(found.values())
     for ax, (name, points) in zip(axes, found.items(), strict=True):
         _line(ax, [(step, loss) for step, loss, _ in points], BLACK, "altogether", "-")
@@ -165,8 +146,8 @@ def curves(report: Mapping):
         ax.set_title(_CURVES.get(name, name), loc="left")
     lines = {line.get_label(): line for ax in axes for line in ax.lines}
     shown = {label: line for label, line in lines.items() if not label.startswith("_")}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=6, frameon=False)
-    return figure
+    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=6, frameon=False)
+    return drawn
 
 
 def _part_colours(all_points) -> dict[str, tuple[str, str]]:
@@ -213,7 +194,7 @@ def latency(report: Mapping):
     ]
     if not sizes:
         return None
-    figure, axes = _figure(3.2 * len(sizes), 3.2, len(sizes))
+    drawn, axes = _panels(3.2 * len(sizes), 3.2, len(sizes))
     for ax, size in zip(axes, sizes, strict=True):
         times = [model[f"latency_ms_b{size}"] for model in models]
         bars = ax.bar(["teacher", "student"], times, color=[GREY, BLUE], width=0.6)
@@ -224,5 +205,5 @@ def latency(report: Mapping):
         ax.set_ylabel("milliseconds")
         ax.set_title(f"batch {size}", loc="left")
     length = report.get("length")
-    figure.suptitle(f"Time of a forward{f', {length} tokens a sentence' if length else ''}")
-    return figure
+    drawn.suptitle(f"Time of a forward{f', {length} tokens a sentence' if length else ''}")
+    return drawn
