@@ -119,10 +119,14 @@ def test_methods_are_compared(called, capsys):
 
 def test_a_worker_helps_with_a_study(called, capsys):
     words = ["--study", "postgresql://u@h/s", "data.general.text=x", "--out", "run", "teacher=T"]
+    words += ["--name", "mine"]
     assert cli.main(["search", "worker", *words]) == 0
     ((what, study, options),) = called
     assert (what, study, options["out"]) == ("worker.run", ("postgresql://u@h/s",), Path("run"))
-    assert options["overrides"] == ["data.general.text=x", "teacher=T"]
+    assert options["name"] == "mine" and options["overrides"] == [
+        "data.general.text=x",
+        "teacher=T",
+    ]
     assert "7 candidates were judged here" in capsys.readouterr().out
 
 

@@ -3,7 +3,7 @@
 fastffn search RECIPE [key=value ...] [--out DIR] [--storage URL] [--fresh]
 fastffn search RECIPE --compare random,evolution [--seeds 0 1 2]      methods on equal budgets
 fastffn search --list | --show-recipe NAME
-fastffn search worker --study URL_OR_DIR [--out DIR] [key=value ...]   helps a search that runs
+fastffn search worker --study URL_OR_DIR [--name NAME] [--out DIR] [key=value ...]   helps one
 fastffn search show URL_OR_DIR [--out DIR]                             what it has found so far
 """
 
@@ -55,6 +55,7 @@ def add(commands: Any, add_command: Callable[..., argparse.ArgumentParser]) -> N
     _add_overrides(worker, "data.general.text=/here/wiki.txt.gz: paths of this machine")
     where = "the search's database, or its run directory"
     add("--study", required=True, metavar="URL_OR_DIR", help=where)
+    add("--name", metavar="NAME", help="of the search, where the database has several")
     add("--out", type=Path, metavar="DIR", help="the search's run directory on this machine")
 
     text = "show what a search has found so far: table and pictures"
@@ -143,8 +144,8 @@ def summary(report: Mapping[str, Any], out: Path) -> list[str]:
         named = " and ".join(report["objectives"])
         lines.append(f"{len(report['front'])} candidates are on the front of {named}")
     lines.append(
-        f"{out} has the genes, the student's recipe, pictures and report.json; train the student "
-        f"by fastffn distill {out / 'student.yaml'}"
+        f"{out} has genes.yaml, the student's recipe and report.json; fastffn search show {out} "
+        f"draws them, fastffn distill {out / 'student.yaml'} trains the student"
     )
     return lines
 
@@ -174,7 +175,7 @@ def _worker(arguments: argparse.Namespace) -> int:
     from fastffn.progress import Progress
     from fastffn.search import worker
 
-    options = {"out": arguments.out, "overrides": arguments.overrides}
+    options = {name: getattr(arguments, name) for name in ("out", "overrides", "name")}
     with Progress() as progress:
         report = worker.run(arguments.study, progress=progress, **options)
     print(f"the search is finished; {report['judged']} candidates were judged here")
