@@ -91,6 +91,20 @@ def test_front_shows_every_candidate_once():
     assert sum(len(mark.get_offsets()) for mark in shown) == len(report["candidates"])
 
 
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_a_latency_budget_is_drawn_where_it_is(unit):
+    report = example(latency=True)
+    for record in report["candidates"]:
+        record["latency"] = record["latency"] // unit
+    slowest = max(record["latency"] for record in report["candidates"])
+    report["space"]["latency"] = [None, slowest / 1000]  # milliseconds
+    ax = pictures.front(report).axes[1]
+    (line,) = [line for line in ax.lines if line.get_label() == "budget"]
+    shown = slowest if "microseconds" in ax.get_xlabel() else slowest / 1000
+    assert line.get_xdata()[0] == pytest.approx(shown)
+    assert ("microseconds" in ax.get_xlabel()) == (unit == 1000)
+
+
 def test_the_front_line_rises_and_leaves_early_stopped_ones_out():
     report = example(counts={"coarse": 80})
     cheap = {**report["candidates"][0], "params": 1_000_000, "quality": 2.0, "pruned": True}

@@ -229,7 +229,7 @@ def _budget(ax: Any, report: Mapping, cost: str, scale: float) -> None:
     """Lines where the space's budget ends, where they are near what is shown."""
     window = report["space"].get(cost)
     window = window if isinstance(window, list | tuple) else [None, window]
-    scale = 1.0 if cost == "latency" else scale  # in milliseconds there
+    scale = scale / 1e3 if cost == "latency" else scale  # a budget is in milliseconds
     left, right = ax.get_xlim()
     for limit in filter(_is_number, window):
         if left - 0.3 * (right - left) <= limit / scale <= right + 0.3 * (right - left):
