@@ -38,7 +38,14 @@ from fastffn.rundir import RunDirectory, atomic_directory
 from fastffn.search import compare as comparing
 from fastffn.search import export, show
 from fastffn.search.coarse_to_fine import StageJudge, coarse_to_fine
-from fastffn.search.evaluation import SUPERNET, distillation, evaluation, rest_of
+from fastffn.search.evaluation import (
+    SUPERNET,
+    distillation,
+    evaluation,
+    fingerprint,
+    rest_of,
+)
+from fastffn.search.head import Head
 from fastffn.search.latency import measure
 from fastffn.search.recipe import SearchRecipe, SearchStage, read
 from fastffn.search.recipe_checks import check_fits
@@ -104,6 +111,7 @@ def run(
     report = search.report()
     directory.keep("trials", {stage.name: stage.trials for stage in recipe.search})
     write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
+    search.head.note(finished=True)
     directory.finish(report)
     return report
 
@@ -175,7 +183,14 @@ class _Search(StageJudge):
         self.storage = Storage(self.place)
         self._records: list[dict[str, Any]] = []
         self._started = (time.monotonic(), 0)
-        self.studies: dict[str, Study] = {}
+        self._supernets: dict[str, list[str]] = {}
+        self.head = Head(self.storage, recipe.name)
+        self.head.note(
+            finished=False,
+            stages=[stage.name for stage in recipe.search],
+            recipe=recipe.to_mapping(),
+            directory=str(directory.path.resolve()),
+        )
 
     def seeds(self) -> list[Candidate]:
         """What is judged first: the recipe's, else the largest plain ones."""
@@ -194,11 +209,12 @@ class _Search(StageJudge):
 
     def open(self, stage: SearchStage, study: Study, winner: Candidate | None):
         evaluate = self.evaluation(stage, winner)
-        study.note("supernet", str(self._folder(stage)))
-        study.note("recipe", self.recipe.to_mapping())
-        study.note("directory", str(self.directory.path.resolve()))
+        folder = self._folder(stage)
+        if folder.is_relative_to(self.directory.path):
+            folder = folder.relative_to(self.directory.path)
+        self._supernets[stage.name] = [str(folder), fingerprint(evaluate.made)]
+        self.head.note(supernets=self._supernets)
         study.note("open", True)
-        self.studies[stage.name] = study
         self._records = [r for r in study.candidates() if not r["inherited"]]
         self._started = time.monotonic(), study.counts()["settled"]
         if self.end is not None:

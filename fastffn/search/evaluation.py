@@ -15,6 +15,7 @@ neither checkpoints nor logs, and building a Trainer takes as long as its first 
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from fastffn.distill.batches import LengthSampler
+from fastffn.distill.outputs import model_fingerprint
 from fastffn.distill.preparation import Prepared, prepare, stage_seed
 from fastffn.distill.recipe import Recipe
 from fastffn.distill.recipe_parts import ModelSpec, Stage
@@ -102,6 +104,13 @@ def evaluation(
     for model in made.models.values():
         model.to(device).eval().requires_grad_(False)
     return (Trained if stage.train else OneShot)(made, stage, work, device, progress)
+
+
+def fingerprint(made: Prepared) -> str:
+    """Of the models' weights and of the data, wherever they lie."""
+    models = (f"{name} {model_fingerprint(made.models[name])}" for name in sorted(made.origins))
+    data = (f"{name} {made.data[name].fingerprint}" for name in sorted(made.data))
+    return hashlib.sha256(" ".join((*models, *data)).encode()).hexdigest()
 
 
 class _Evaluation:

@@ -174,9 +174,11 @@ class SearchRecipe:
         return self.distil.seed
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> "SearchRecipe":
+    def from_mapping(
+        cls, mapping: Mapping[str, Any], overrides: Sequence[str] = ()
+    ) -> "SearchRecipe":
         """The recipe that plain values describe as a file would; there are no lines to name."""
-        return _recipe(mapping, recipe_yaml.Places("recipe"), (), "recipe")
+        return _recipe(mapping, recipe_yaml.Places("recipe"), overrides, "recipe")
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values with defaults written out; `from_mapping` gives an equal recipe."""
