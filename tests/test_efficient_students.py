@@ -5,10 +5,12 @@ import torch
 from encoders import LAYERS, VOCABULARY, batch, encoder
 from student_checks import HEADED, NONE, TWO, Spec, headed, outputs, same
 
+from fastffn.distill import gene_files
 from fastffn.distill.architectures import Encoder
 from fastffn.distill.heads import Head
 from fastffn.distill.students import build_student
 from fastffn.errors import UserError
+from fastffn.expr.found import FoundGenes
 
 GENE = "1x3/2 down(gelu_erf(up(x)))"  # the FFN of `encoders.py`
 
@@ -88,6 +90,26 @@ def test_student_of_a_supernet():
     assert one.config.genes == [GENE] * LAYERS
     shorter = build_student(Spec(layers_of="s", layers=(0, 2)), models, head)
     assert shorter.config.genes == [genes[0], genes[2]]
+
+
+def test_genes_of_a_file_and_of_a_name(tmp_path, monkeypatch):
+    genes = [GENE, "2x1 down(gelu(up(x)))", "1x1/2 down(relu(up(x)))"]
+    values = {"name": "a", "hidden_size": 24, "base": 1, "genes": genes, "quality": 1}
+    found = FoundGenes.from_mapping(values, "test")
+    path = tmp_path / "genes.yaml"
+    path.write_text(found.to_json())
+    models = {"t": encoder("bert")}
+    student = build_student(Spec(efficientbert={"from": "t", "genes": str(path)}), models, NONE)
+    assert student.config.genes == genes
+    monkeypatch.setattr(gene_files, "found_genes", lambda: {"mine": found})
+    student = build_student(Spec(efficientbert={"from": "t", "genes": "mine"}), models, NONE)
+    assert student.config.genes == genes
+    options = {"from": "t", "genes": "mine", "ffn_base": 4}
+    with pytest.raises(UserError, match="genes mine: found with base 1, and the model has 4"):
+        build_student(Spec(efficientbert=options), models, NONE)
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+        options = {"from": "t", "genes": str(tmp_path / "nowhere.yaml")}
+        build_student(Spec(efficientbert=options), models, NONE)
 
 
 def test_student_of_some_layers_of_a_supernet():

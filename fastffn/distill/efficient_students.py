@@ -5,8 +5,9 @@
     {preset: base}, {hidden_size: 360, genes: [...]}      random weights
     {from: teacher, max_stack: 2, max_width: 1024}        as a supernet
 
-What is not said is as in `models.from_teacher` and `EfficientBertConfig`, with all layers of the
-source; genes that are not given are the published ones, in a supernet one gelu unit of full width.
+Genes are a list, or found ones by their file or name (see `gene_files`). What is not said is as in
+`models.from_teacher` and `EfficientBertConfig`, with all layers of the source; genes that are not
+given are the published ones, in a supernet one gelu unit of full width.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from fastffn.distill.architectures import Encoder
+from fastffn.distill.gene_files import gene_texts
 from fastffn.distill.heads import Head, as_dtype, copy_head
 from fastffn.distill.layers import source_layers
 from fastffn.errors import UserError
@@ -58,6 +60,9 @@ def efficient_student(
     what = "supernet" if supernet else "efficientbert"
     extracted = source is not None and getattr(Encoder(source).base.config, "supernet", None)
     _check_names(options, what, source is not None, bool(extracted))
+    base = Encoder(source).base.config.ffn_base if extracted else options.get("ffn_base", 1)
+    if "genes" in options:
+        options["genes"] = gene_texts(options["genes"], base)
     try:
         if source is None:
             encoder = _random(options, supernet)

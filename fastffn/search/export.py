@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..distill.gene_files import read_found
 from ..errors import UserError
 from ..expr import Gene
 from ..expr.found import FoundGenes
@@ -91,21 +92,6 @@ def conditions(report: Mapping[str, Any]) -> FoundGenes:
     base = space.get("base", 1)
     genes = tuple(Gene.parse(text, base) for text in report["genes"])
     return FoundGenes(report["name"], space["hidden_size"], genes, said)
-
-
-def read_found(path: str | Path) -> FoundGenes:
-    """The genes of a file that `export` wrote, with their conditions.
-
-    Raises:
-        UserError: no such file, no YAML, or not of this kind; one line that names the file.
-    """
-    from ..distill.recipe_yaml import parse_file
-
-    try:
-        values, _ = parse_file(Path(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return FoundGenes.from_mapping(values, str(path))
 
 
 def read_genes(path: str | Path) -> tuple[Gene, ...]:
