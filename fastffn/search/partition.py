@@ -79,12 +79,13 @@ class PartitionProposal:
 
     Args:
         exploration: weight of the bound's second term; 0 is the original, which always goes for the
-            better half.
+            better half, 1 is UCB1's own. Tens of candidates are too few to spend on exploring; what
+            a little of it changes begins with hundreds.
         warmup: random members until that many are finished.
         leaf: a region splits only if both halves keep that many samples; so the tree gets one level
             deeper whenever the samples double. (The original splits once up to 400, twice up to
             800: leaves of 200.)
-        refit: the classifiers are trained anew after every so many candidates.
+        refit: the classifiers are trained anew after every so many candidates (the original: 10).
 
     Raises:
         UserError: a number that is out of range, or scikit-learn is missing.
@@ -96,7 +97,7 @@ class PartitionProposal:
         exploration: float = 0.1,
         warmup: int = 10,
         leaf: int = 5,
-        refit: int = 5,
+        refit: int = 1,
     ):
         if exploration < 0:
             raise UserError("partition: exploration must not be negative")
