@@ -1,7 +1,7 @@
 """Workers of one search as real processes, killed at random moments; what must hold afterwards.
 
-Run as a script it is such a worker: `python search_workers.py PLACE LOG TRIALS`. It notes in the
-log when it begins and ends each candidate; lines of one write are never mixed.
+Run as a script it is such a worker: `python search_workers.py PLACE LOG TRIALS HEARTBEAT`. It notes
+in the log when it begins and ends each candidate; lines of one write are never mixed.
 """
 
 import os
@@ -15,7 +15,6 @@ from pathlib import Path
 from fastffn.search import Space, Study
 
 SPACE = Space(hidden_size=120, num_layers=2, params=(40_000, 120_000))
-HEARTBEAT = 1
 _SECONDS = 0.05  # of an evaluation, at most twice that
 
 
@@ -24,7 +23,7 @@ def quality(genes) -> float:
     return sum(len(str(gene)) / gene.stack for gene in genes)
 
 
-def worker(place: str, log: Path, trials: int) -> None:
+def worker(place: str, log: Path, trials: int, heartbeat: int) -> None:
     with log.open("a", buffering=1) as file:
 
         def evaluate(genes):
@@ -34,12 +33,13 @@ def worker(place: str, log: Path, trials: int) -> None:
             file.write(f"end|{os.getpid()}|{text}\n")
             return quality(genes)
 
-        study = Study(SPACE, evaluate, place, seed=3, heartbeat=HEARTBEAT)
+        study = Study(SPACE, evaluate, place, seed=3, heartbeat=heartbeat)
         study.run(trials, "evolution", batch=3, random=6)
 
 
-def start(place: str, log: Path, trials: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, __file__, place, str(log), str(trials)])
+def start(place: str, log: Path, trials: int, heartbeat: int = 10) -> subprocess.Popen:
+    arguments = [place, log, trials, heartbeat]  # long: a busy machine makes nobody seem dead
+    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
 
 
 def survive(place: str, log: Path, trials: int, workers: int, kills: int, limit: float) -> Study:
@@ -107,4 +107,4 @@ def check(place: str, log: Path, trials: int, killed: set[int]) -> Study:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    worker(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

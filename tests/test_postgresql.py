@@ -16,7 +16,7 @@ def postgresql():
 
 
 def test_killed_workers_lose_and_repeat_nothing(postgresql, tmp_path):
-    study = survive(postgresql.url, tmp_path / "log", 40, workers=4, kills=5, limit=60)
+    study = survive(postgresql.url, tmp_path / "log", 30, workers=4, kills=4, limit=90)
     assert len({record["worker"] for record in study.candidates()}) > 1
 
 

@@ -119,6 +119,7 @@ def test_several_objectives(tmp_path):
         ({"objectives": ("params",)}, 'must be "quality"'),
         ({"reduction": 1}, "reduction 1: give more than 1"),
         ({"heartbeat": 0.5}, "whole seconds"),
+        ({"heartbeat": 0}, "whole seconds"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, changes, message):

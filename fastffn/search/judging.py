@@ -40,6 +40,8 @@ class Judge:
         self._objectives = objectives
         self._reduction = reduction
         self._error: BaseException | None = None
+        self._number: int | None = None
+        self._ended = False  # with a result, whether or not it still counts
         self.judged = 0
 
     def take(self) -> None:
@@ -48,17 +50,25 @@ class Judge:
         Raises:
             BaseException: whatever the evaluation raises; the candidate goes back to the queue.
         """
-        self._error = None
+        self._error, self._number, self._ended = None, None, False
         try:
             self._study.optimize(self._judge, n_trials=1)
-        except (ValueError, self._optuna.exceptions.UpdateFinishedTrialError) as error:
-            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
+            self.judged += self._ended
+        except Exception:
+            if not self._taken_away():
                 raise
-            # taken for dead: the candidate was given to another worker, whose result counts
         if self._error is not None:
             raise self._error
 
+    def _taken_away(self) -> bool:
+        """Whether this process was taken for dead and the trial ended by another: its candidate is
+        judged there, and what Optuna says of a result here does not matter."""
+        self._queue.ledger.refresh()
+        running = {trial.number for trial in self._queue.ledger.running}
+        return self._number is not None and self._number not in running
+
     def _judge(self, trial) -> float | Sequence[float]:
+        self._number = trial.number
         attributes, claim = trial.user_attrs, None
         if ledger.GENES in attributes:  # else another worker emptied the queue just before
             (claim,) = self._queue.claims.get([attributes[ledger.SLOT]])
@@ -69,15 +79,15 @@ class Judge:
             candidate = self._queue.candidate(claim.fingerprint, claim.genes)
             values = self._values(trial, candidate, claim.slot)
         except self._optuna.TrialPruned:
-            self.judged += 1
+            self._ended = True
             raise
         except self._optuna.exceptions.UpdateFinishedTrialError:
-            return math.nan  # taken for dead: see `take`
+            raise  # by another worker: see `_taken_away`
         except BaseException as error:
             self._error = error  # raised by `take`: Optuna lets some leave a trial running
             trial.set_user_attr(ledger.RAISED, repr(error)[:500])
             return math.nan
-        self.judged += 1
+        self._ended = True
         return values
 
     def _values(self, trial, candidate: Candidate, slot: int) -> float | Sequence[float]:

@@ -81,9 +81,10 @@ class Storage:
             self._claims: dict[int, MemoryClaims] = {}
             return
         if "://" in str(place):
-            url, interval = str(place), heartbeat or _HEARTBEAT_ELSEWHERE
+            url, interval = str(place), _HEARTBEAT_ELSEWHERE
         else:
-            url, interval = _file_url(Path(place), create), heartbeat or _HEARTBEAT_HERE
+            url, interval = _file_url(Path(place), create), _HEARTBEAT_HERE
+        interval = interval if heartbeat is None else heartbeat
         if interval < 1 or int(interval) != interval:
             raise UserError("heartbeat: give whole seconds, at least 1")
         self.place = _hidden(url) if "://" in str(place) else str(place)
