@@ -17,6 +17,7 @@ may seem empty.
 import math
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -26,12 +27,13 @@ from typing import Any, NamedTuple
 
 from ..distill.recipe_fields import RecipeError
 
-LIMIT = 12_000
+LIMIT = 6_000
+_BITS = 48  # of a cost within a total: far more than any that adds up here
 
 _AMOUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?) ?([kMG]?)")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
-Total = tuple[int, ...]
+Total = int  # the costs of a combination, see `_packed`
 
 
 class Shape(NamedTuple):
@@ -127,36 +129,35 @@ class ShapeTable:
     """Draws combinations of shapes, one per layer, whose total cost lies in the windows.
 
     Args:
-        options: for each layer its shapes with their costs (tuples of integers, as many as
-        windows).
+        options: for each layer its shapes with their costs (tuples of integers from 0, as many as
+            windows).
         windows: the budget of each cost.
     """
 
-    def __init__(self, options: Sequence[Sequence[tuple[Shape, Total]]], windows: Sequence[Window]):
-        self.options = options
+    def __init__(
+        self,
+        options: Sequence[Sequence[tuple[Shape, Sequence[int]]]],
+        windows: Sequence[Window],
+    ):
+        self.options = [[(shape, _packed(cost)) for shape, cost in layer] for layer in options]
         self.windows = windows
 
     @cached_property
     def ways(self) -> list[dict[Total, int]]:
         """For each layer: total of this and all later layers -> number of combinations."""
-        zero = (0,) * len(self.windows)
-        tables = [{zero: 1}]
+        tables = [{0: 1}]
         for options in reversed(self.options):
             table: dict[Total, int] = {}
-            costs: dict[Total, int] = {}
-            for _, cost in options:
-                costs[cost] = costs.get(cost, 0) + 1
-            for rest, count in tables[-1].items():
-                for cost, times in costs.items():
-                    total = tuple(map(sum, zip(rest, cost, strict=True)))
-                    table[total] = table.get(total, 0) + count * times
-            tables.append(_thinned(table))
+            for cost, times in Counter(cost for _, cost in options).items():
+                for rest, count in tables[-1].items():
+                    table[rest + cost] = table.get(rest + cost, 0) + count * times
+            tables.append(_thinned(table, len(self.windows)))
         return tables[::-1]
 
     @cached_property
     def totals(self) -> list[Total]:
-        """Every total inside the windows, in order."""
-        return sorted(total for total in self.ways[0] if self.distance(total) == 0)
+        """Every total inside the windows, in order, the first cost foremost."""
+        return sorted(total for total in self.ways[0] if self._distance(total) == 0)
 
     @cached_property
     def _cumulated(self) -> list[int]:
@@ -167,15 +168,15 @@ class ShapeTable:
         """Number of combinations inside the windows."""
         return self._cumulated[-1] if self.totals else 0
 
-    def distance(self, total: Total) -> float:
-        """How far outside the windows a total lies, relative to the limits; 0 inside."""
+    def distance(self, costs: Sequence[int]) -> float:
+        """How far outside the windows costs lie, relative to the limits; 0 inside."""
         return sum(
-            window.distance(value) for window, value in zip(self.windows, total, strict=True)
+            window.distance(value) for window, value in zip(self.windows, costs, strict=True)
         )
 
     def nearest(self) -> list[Shape]:
         """A combination whose total misses the windows by least."""
-        return self._reach(min(self.ways[0], key=self.distance), Random(0))
+        return self._reach(min(self.ways[0], key=self._distance), Random(0))
 
     def draw(self, rng: Random) -> list[Shape]:
         """One combination, each with the same chance."""
@@ -190,10 +191,14 @@ class ShapeTable:
         """A combination with the greatest total (by the first cost)."""
         return self._reach(self.totals[-1], Random(0))
 
+    def _distance(self, total: Total) -> float:
+        return self.distance([column[0] for column in _columns([total], len(self.windows))])
+
     def _reach(self, total: Total, rng: Random) -> list[Shape]:
         shapes = []
         for options, ways in zip(self.options, self.ways[1:], strict=True):
-            rests = [tuple(t - c for t, c in zip(total, cost, strict=True)) for _, cost in options]
+            # a cost above the total leaves a number that is no total: nothing borrows so far down
+            rests = [total - cost for _, cost in options]
             steps = list(accumulate(ways.get(rest, 0) for rest in rests))
             place = bisect_right(steps, rng.randrange(steps[-1]))
             shapes.append(options[place][0])
@@ -201,26 +206,38 @@ class ShapeTable:
         return shapes
 
 
-def _thinned(table: dict[Total, int]) -> dict[Total, int]:
-    """At most `LIMIT` of the totals (a quarter with two costs, a ninth with three): the least of
-    every grid cell.
-    """
-    limit = LIMIT // len(next(iter(table))) ** 2
+def _packed(costs: Sequence[int]) -> Total:
+    """Costs as one integer: these add, compare and hash several times as fast as tuples."""
+    total = 0
+    for cost in costs:
+        total = total << _BITS | cost
+    return total
+
+
+def _columns(totals: Sequence[Total], number: int) -> list[list[int]]:
+    """Each cost of all totals."""
+    shifts = [_BITS * place for place in reversed(range(number))]
+    return [[total >> shift & (1 << _BITS) - 1 for total in totals] for shift in shifts]
+
+
+def _thinned(table: dict[Total, int], number: int) -> dict[Total, int]:
+    """At most `LIMIT` / number of costs of the totals: the least of every grid cell."""
+    limit = LIMIT // number
     if len(table) <= limit:
         return table
-    lows, highs = (tuple(map(f, zip(*table, strict=True))) for f in (min, max))
     totals = sorted(table)
+    columns = _columns(totals, number)
     steps = 2 * limit
     while True:
-        sizes = [max((high - low) // steps, 1) for low, high in zip(lows, highs, strict=True)]
-        cells = [
-            tuple(value // size for value, size in zip(total, sizes, strict=True))
-            for total in totals
+        sizes = [max((max(column) - min(column)) // steps, 1) for column in columns]
+        scaled = [
+            [value // size for value in column] for column, size in zip(columns, sizes, strict=True)
         ]
+        cells = list(zip(*scaled, strict=True))
         if len(set(cells)) <= limit:
             break
         steps = steps * 2 // 3
-    kept: dict[object, Total] = {}
+    kept: dict[tuple[int, ...], Total] = {}
     thinned: dict[Total, int] = {}
     for cell, total in zip(cells, totals, strict=True):
         total_of_cell = kept.setdefault(cell, total)

@@ -29,7 +29,7 @@ __all__ = ["DEFAULT_PRIMITIVES", "Candidate", "Space", "frozen"]
 ANY = Window()  # no limit
 HERE = Target()
 COSTS = ("params", "macs", "latency")  # what a budget may limit: attributes of a candidate
-_DRAWS = 8  # of functions for one combination of shapes under a latency budget
+_DRAWS = 4  # of functions for one combination of shapes under a latency budget
 
 
 @dataclass(frozen=True)
