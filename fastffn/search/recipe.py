@@ -57,7 +57,7 @@ class Score:
         metric: one of the task's metrics, or "loss": minus the weighted loss of a stage, which
             needs no labels. In a recipe: the task's first, or "loss" where a stage is named.
         data: name of the data with the task; None for the loss, whose stage has data.
-        stage: of the loss: name of the distillation stage; the last of `train`, if there is one.
+        stage: of the loss: name of the distillation stage whose losses are meant.
         rows: how many are held out.
     """
 
