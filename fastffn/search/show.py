@@ -5,6 +5,11 @@
 
 A finished search has a report.json. Of one under way the same is made from the database, whichever
 processes work on it, without disturbing them.
+
+The database is one of Optuna, so its own tools read it too: `optuna.visualization`,
+`optuna.importance` and the dashboard, `optuna-dashboard sqlite:///runs/search/search.sqlite3` or
+with the URL. Parameters there are the stack and the ratio of each layer, intermediate values are
+rungs, genes and costs are user attributes.
 """
 
 import json
