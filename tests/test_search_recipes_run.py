@@ -78,3 +78,14 @@ def test_a_shipped_recipe_ends_with_a_student_to_distil(name, files, tmp_path, c
     assert student.efficientbert["genes"] == genes
     if name != "small":  # the share of rows that are right, of eight
         assert {8 * record["quality"] % 1 for record in report["candidates"]} == {0}
+
+
+def test_what_is_loaded_must_be_a_supernet(files, tmp_path, capsys):
+    values = given(files, "small")
+    values = {key: value for key, value in values.items() if not key.startswith(SUPERNET)}
+    values |= {"models.supernet": {"load": files.teacher}}
+    values |= {f"stages.{stage}.subnetworks": None for stage in ("warmup", "shared")}
+    assert main(["search", "small", *words(values), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: models.supernet.load: {files.teacher} is no supernet: give")
+    assert not (tmp_path / "run").exists()

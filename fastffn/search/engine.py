@@ -31,6 +31,7 @@ from torch import nn
 from fastffn.distill import engine as distillation_engine
 from fastffn.distill.preparation import prepare
 from fastffn.distill.subnetworks import kept_layers
+from fastffn.distill.teacher import locate
 from fastffn.errors import UserError
 from fastffn.files import write_text_atomic
 from fastffn.memory import freed_memory_kept
@@ -295,6 +296,7 @@ class _Search(StageJudge):
         checked when it is run for the first time."""
 
         def begin() -> dict[str, Any]:
+            _check_loaded(self.recipe.distil.models[SUPERNET].load)
             made = prepare(self.recipe.distil, self.progress)
             supernet = made.models[SUPERNET].base_model
             values = _completed(self.recipe.space, supernet)
@@ -349,6 +351,18 @@ def _options(recipe: SearchRecipe, storage: str | None) -> dict[str, Any]:
     for stage in values["search"]:
         del stage["trials"]
     return distillation_engine.flat(values) | {"storage": storage}
+
+
+def _check_loaded(load: str | None) -> None:
+    """Raises a UserError where the model that is loaded as the supernet is none."""
+    if load is None:
+        return
+    config = locate(load, SUPERNET)[0] / "config.json"
+    if not config.is_file() or not json.loads(config.read_text(encoding="utf-8")).get("supernet"):
+        raise UserError(
+            f"models.supernet.load: {load} is no supernet: give the folder of one, such as "
+            "supernets/coarse/student of a search"
+        )
 
 
 def _completed(values: Mapping[str, Any], supernet: nn.Module) -> dict[str, Any]:
