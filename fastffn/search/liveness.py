@@ -16,8 +16,7 @@ _PROC = Path("/proc")  # absent outside Linux: then nobody is ever seen dead, an
 
 def signature() -> str:
     """This process: "host pid start machine"."""
-    pid = os.getpid()
-    return f"{_host()} {pid} {_start(pid)} {_machine()}"
+    return _signature(os.getpid())  # another one after a fork
 
 
 def is_dead(owner: str) -> bool:
@@ -32,8 +31,9 @@ def worker(owner: str) -> str:
 
 
 @cache
-def _host() -> str:
-    return socket.gethostname().replace(" ", "-") or "localhost"
+def _signature(pid: int) -> str:
+    host = socket.gethostname().replace(" ", "-") or "localhost"
+    return f"{host} {pid} {_start(pid)} {_machine()}"
 
 
 @cache

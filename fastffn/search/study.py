@@ -95,6 +95,7 @@ class Study:
         self._queue = Queue(self._study, self._storage, space, sampler)
         self._ledger = self._queue.ledger
         self._history: tuple[int, list[Evaluated]] = (0, [])
+        self._read: dict[str, tuple[merit.Values, Evaluated]] = {}  # by fingerprint
 
     @staticmethod
     def load(
@@ -249,13 +250,20 @@ class Study:
         count = len(self._ledger.settled) + len(self._ledger.inherited)
         if count != self._history[0]:
             records = self._judged()
-            values = [merit.values(r, r["quality"], self.objectives) for r in records]
-            seen = zip(records, merit.merits(values, self.objectives), strict=True)
-            known = [
-                Evaluated(self._queue.candidate(r["fingerprint"], r["genes"]), r["quality"], m)
-                for r, m in seen
-            ]
-            self._history = count, known
+            for record in records:
+                if record["fingerprint"] not in self._read:
+                    candidate = self._queue.candidate(record["fingerprint"], record["genes"])
+                    values = merit.values(record, record["quality"], self.objectives)
+                    self._read[record["fingerprint"]] = values, Evaluated(candidate, values[0])
+            read = [self._read[record["fingerprint"]] for record in records]
+            merits = merit.merits([values for values, _ in read], self.objectives)
+            self._history = (
+                count,
+                [
+                    seen if seen.merit == worth else Evaluated(seen.candidate, seen.quality, worth)
+                    for worth, (_, seen) in zip(merits, read, strict=True)
+                ],
+            )
         return self._history[1]
 
     def counts(self) -> dict[str, int]:
