@@ -93,12 +93,16 @@ def evaluation(
     Raises:
         UserError: models, data and losses that do not fit, or a score that nothing is trained for.
     """
-    score = stage.score
-    names = {*stage.train, *([score.stage] if score.stage else [])} or {*stage.supernet}
+    names = {*stage.train, *([stage.score.stage] if stage.score.stage else [])}
+    if not names:  # the supernet's own training says what head and data it has
+        until = recipe.search[: recipe.search.index(stage) + 1]
+        names = {*next((before.supernet for before in reversed(until) if before.supernet), ())}
+    if not names:
+        names = {each.name for each in recipe.distil.stages if each.data == stage.score.data}
     if not names:
         raise UserError(
-            f"search.{stage.name}: nothing is trained for its {score.metric}: give train or "
-            "supernet"
+            f"search.{stage.name}: no distillation stage has the data {stage.score.data}, so the "
+            "supernet has no head for it: give one"
         )
     made = prepare(distillation(recipe, names, supernet), progress or (lambda *_: None))
     for model in made.models.values():
@@ -224,7 +228,7 @@ class Trained(_Evaluation):
 
     def __call__(self, genes: Sequence[Gene]) -> Iterator[float]:
         """Yields the quality after each rung."""
-        candidate = extract(self.supernet, genes, layers_for(genes, self.supernet))
+        candidate = self.cut(genes)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for place, (stage, taught, seed) in enumerate(self._trainings):
                 last = place == len(self._trainings) - 1
@@ -238,6 +242,10 @@ class Trained(_Evaluation):
                 for done in self._train(module, stage, taught, seed, steps):
                     if done in rungs:
                         yield self.score(candidate, judging)
+
+    def cut(self, genes: Sequence[Gene]) -> nn.Module:
+        """The candidate with the supernet's weights."""
+        return extract(self.supernet, genes, layers_for(genes, self.supernet))
 
     def _train(
         self, module: StageModule, stage: Stage, taught: Taught | None, seed: int, steps: int
