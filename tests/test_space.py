@@ -285,13 +285,17 @@ def test_a_space_without_members_says_why(changes, message):
         (["1x1 down(add(up(x), mul(x, x)))"] * 2, "both operands of mul are x"),
         (["1x1 down(gelu_erf(up(x)))"] * 2, "gelu_erf is not among the primitives"),
         (["1x1 down(mul(gate(x), up(x)))"] * 2, "gated 1x1 is not among the allowed: none"),
+        (["1x1 down(gelu(up(x)))", "1x1 down(gelu(x))"], "layer 1, gene .*up.* is missing"),
+        (["1x1 down(gelu(up(x)))", "nonsense("], r"layer 1, gene 'nonsense\(': .*at character"),
+        (["1x1 down(gelu(up(x)))", 3], "layer 1: a gene is a text, not 3"),
         (["4x1 down(gelu(up(x)))"] * 2, "4,682,880 is outside the budget params <= 2,000,000"),
     ],
 )
 def test_no_member_is_refused_with_the_reason(genes, message):
     space = Space(hidden_size=540, num_layers=2, params=2_000_000)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         space.candidate(genes)
+    assert "\n" not in str(caught.value)
 
 
 def test_frozen_keeps_functions_or_shapes():

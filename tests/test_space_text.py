@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastffn.distill.recipe_yaml import dump
 from fastffn.errors import UserError
 from fastffn.search.budget import Window
 from fastffn.search.space import Space, frozen
@@ -43,7 +44,7 @@ def layered(tmp_path) -> Space:
     return Space.read(write(tmp_path, TEXT))
 
 
-def test_a_file_is_the_space_that_it_says(layered):
+def test_a_file_is_the_space_that_it_says(layered, tmp_path):
     assert layered == Space(
         96,
         3,
@@ -61,6 +62,7 @@ def test_a_file_is_the_space_that_it_says(layered):
     assert layered.grammar(0) != layered.grammar(1) == layered.grammar(2)
     assert Space.from_dict(json.loads(json.dumps(layered.to_dict()))) == layered
     assert replace(layered, num_layers=3) == layered
+    assert Space.read(write(tmp_path, dump(layered.to_dict()))) == layered
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..errors import ExprError, UserError
 from ..expr import Expr, Gene
 
 
@@ -47,6 +48,29 @@ class Candidate:
         text = f"{genes[0].base} {' '.join(parts)}"
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         return Candidate(tuple(genes), fingerprint=fingerprint, **cost)
+
+
+def read_gene(layer: int, gene: Gene | str, base: int) -> Gene:
+    """The gene, or the one that a text writes.
+
+    Raises:
+        UserError: it is none; one line that names the layer.
+    """
+    if isinstance(gene, Gene):
+        return gene
+    if not isinstance(gene, str):
+        raise UserError(f"layer {layer}: a gene is a text, not {gene!r}")
+    try:
+        return Gene.parse(gene, base)
+    except ExprError as error:
+        place = f"at character {error.position + 1}"
+        raise UserError(f"layer {layer}, gene {gene!r}: {error.message} ({place})") from None
+
+
+def canonical(gene: Gene) -> Gene:
+    """The gene in canonical spelling, itself where it has it: a new one costs as much as a walk."""
+    expr = gene.expr.canonical()
+    return gene if expr == gene.expr else gene.with_(expr=expr)
 
 
 def _meaning(expr: Expr) -> str:

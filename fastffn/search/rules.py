@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from ..distill.recipe_fields import RecipeError, choice
@@ -31,7 +32,7 @@ class Rules:
     ratios: tuple[Fraction, ...] = tuple(Fraction(1, n) for n in (1, 2, 3, 4))
     gated: bool = False
 
-    @property
+    @cached_property
     def grammar(self) -> Grammar:
         return Grammar(self.primitives, self.heights, self.max_nodes)
 

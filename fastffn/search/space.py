@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..expr import Cost, Expr, Gene, gene_cost
 from . import space_text
 from .budget import Shape, ShapeTable, Window, shown
-from .candidate import Candidate
+from .candidate import Candidate, canonical, read_gene
 from .grammar import Grammar, plainest
 from .latency_table import LatencyTable, Target
 from .rules import DEFAULT_PRIMITIVES, Rules
@@ -28,7 +28,6 @@ __all__ = ["DEFAULT_PRIMITIVES", "Candidate", "Space", "frozen"]
 
 ANY = Window()  # no limit
 HERE = Target()
-COSTS = ("params", "macs", "latency")  # what a budget may limit: attributes of a candidate
 _DRAWS = 4  # of functions for one combination of shapes under a latency budget
 
 
@@ -161,8 +160,7 @@ class Space:
             raise UserError(f"{number} genes for {self.num_layers} layers: give one per layer")
         read = []
         for layer, gene in enumerate(genes):
-            gene = Gene.parse(gene, self.base) if isinstance(gene, str) else gene
-            gene = _canonical(gene)
+            gene = canonical(read_gene(layer, gene, self.base))
             problem = self.problem(layer, gene)
             if problem:
                 raise UserError(f"layer {layer}, gene {gene}: not in the search space, {problem}")
@@ -242,7 +240,7 @@ class Space:
         cost = self._cost(genes)  # before the fingerprint, which takes a hundred times longer
         if any(window.distance(cost[name]) for name, window in self.budgets):
             return None
-        return Candidate.of(list(map(_canonical, genes)), cost)
+        return Candidate.of(list(map(canonical, genes)), cost)
 
     @cached_property
     def budgets(self) -> list[tuple[str, Window]]:
@@ -386,9 +384,3 @@ def frozen(space: Space, candidate: Candidate, what: str) -> Space:
 
 def _shape(gene: Gene) -> Shape:
     return Shape(gene.stack, gene.ratio, gene.gated)
-
-
-def _canonical(gene: Gene) -> Gene:
-    """The gene in canonical spelling, itself where it has it: a new one costs as much as a walk."""
-    expr = gene.expr.canonical()
-    return gene if expr == gene.expr else gene.with_(expr=expr)
