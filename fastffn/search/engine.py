@@ -18,6 +18,7 @@ Other processes, on this machine or others, join by `worker.run` on the same dat
 judges candidates as they do, and alone trains supernets and goes from stage to stage.
 """
 
+import importlib.util
 import json
 import shutil
 import time
@@ -37,7 +38,7 @@ from fastffn.files import write_text_atomic
 from fastffn.memory import freed_memory_kept
 from fastffn.rundir import RunDirectory, atomic_directory
 from fastffn.search import compare as comparing
-from fastffn.search import export, show
+from fastffn.search import export, pictures, show
 from fastffn.search.coarse_to_fine import StageJudge, coarse_to_fine
 from fastffn.search.evaluation import (
     SUPERNET,
@@ -112,6 +113,8 @@ def run(
     report = search.report()
     directory.keep("trials", {stage.name: stage.trials for stage in recipe.search})
     write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        pictures.draw(report, out / show.PICTURES)
     search.head.note(finished=True)
     directory.finish(report)
     return report
