@@ -16,7 +16,7 @@ def postgresql():
 
 
 def test_killed_workers_lose_and_repeat_nothing(postgresql, tmp_path):
-    study = survive(postgresql.url, tmp_path / "log", 30, workers=4, kills=4, limit=90)
+    study = survive(postgresql.url, tmp_path / "log", 24, workers=3, kills=3, limit=90)
     assert len({record["worker"] for record in study.candidates()}) > 1
 
 
@@ -31,6 +31,22 @@ def test_a_search_resumes_and_outlives_a_restart_of_the_server(postgresql):
     alone = Study(SPACE, quality, name="restarted")
     alone.run(7, "evolution")
     assert [r["genes"] for r in again.candidates()] == [r["genes"] for r in alone.candidates()]
+
+
+def test_a_server_that_goes_away_is_one_line_and_the_search_goes_on_later(postgresql):
+    def evaluate(genes):
+        if len(study.candidates()) == 2:
+            postgresql.stop()
+        return quality(genes)
+
+    study = Study(SPACE, evaluate, postgresql.url, name="lost", heartbeat=1)
+    with pytest.raises(UserError, match=r"lost the search's database postgresql://.*: ") as caught:
+        study.run(4)
+    assert "\n" not in str(caught.value)
+    postgresql.start()
+    study.evaluate = quality
+    study.run(4)  # this process lives: its heartbeats have to stay away for their grace time
+    assert [record["number"] for record in study.candidates()] == [0, 1, 2, 3]
 
 
 def test_rungs_and_costs_are_kept(postgresql):

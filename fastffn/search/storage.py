@@ -18,6 +18,7 @@ from ..errors import UserError
 from .claims import Claims, DatabaseClaims, MemoryClaims
 
 FILE = "search.sqlite3"
+NOTE = "fastffn.note."  # attributes of a study that start so are its notes
 
 GRACE = 3  # heartbeats that may stay away before a worker counts as dead
 _HEARTBEAT_HERE, _HEARTBEAT_ELSEWHERE = 10, 60  # seconds between two: directory, URL
@@ -93,6 +94,26 @@ class Storage:
             self._database = _open(optuna, url, self.place, interval)
             self.backend = optuna.storages.get_storage(self._database)  # with Optuna's cache
 
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Says in one line that the database was lost, should that happen in the block.
+
+        Raises:
+            UserError: instead of the database's errors.
+        """
+        if self.lonely:
+            yield
+            return
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (SQLAlchemyError, self._optuna.exceptions.StorageInternalError) as error:
+            raise UserError(
+                f"lost the search's database {self.place}: {_reason(error)}; what is judged is "
+                "kept, the same call goes on"
+            ) from error
+
     def claims(self, study: str) -> Claims:
         """The claims of the study of that name, which must exist."""
         number = self.backend.get_study_id_from_name(study)
@@ -116,6 +137,11 @@ class Storage:
             known = ", ".join(self.names()) or "none"
             raise UserError(f"no study {name!r} in {self.place}; there are: {known}") from None
         return self.backend.get_study_user_attrs(number)
+
+    def notes(self, name: str) -> dict[str, Any]:
+        """The notes of a study (see `Study.note`); raises as `attributes`."""
+        found = self.attributes(name)
+        return {key[len(NOTE) :]: found[key] for key in found if key.startswith(NOTE)}
 
 
 def _file_url(folder: Path, create: bool) -> str:
@@ -154,8 +180,7 @@ def _open(optuna, url: str, shown: str, interval: int):
         except ImportError as error:
             raise UserError(_driver(shown, error)) from None
         except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-            cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
-            reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+            reason = _reason(error)
             if opening + 1 < _OPENINGS and any(word in reason for word in _OTHERS):
                 time.sleep(0.1 * (opening + 1))  # another worker makes the tables right now
                 continue
@@ -182,6 +207,12 @@ def _patient(optuna):
                 super().record_heartbeat(trial_id)
 
     return PatientStorage
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the database said."""
+    said = [getattr(found, "orig", None) for found in (error, error.__cause__)]
+    return str(next(filter(None, said), error)).strip().splitlines()[0]
 
 
 def _driver(shown: str, error: ImportError) -> str:

@@ -11,6 +11,7 @@ leases of our own: they are what Optuna's tools show.
 """
 
 import json
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,12 @@ from .merit import Evaluated, front
 from .proposals import Proposal, RandomProposal, proposal
 from .queue import Queue
 from .space import Candidate, Space
-from .storage import Storage, import_optuna, quiet
+from .storage import NOTE, Storage, import_optuna, quiet
 
 Progress = Callable[[dict[str, Any], int, int], None]
 
-_SPACE, _OBJECTIVES = "fastffn.space", "fastffn.objectives"  # attributes of the study
-PLAN, NOTE = "fastffn.plan", "fastffn.note."
+# attributes of the study
+_SPACE, _OBJECTIVES, PLAN = "fastffn.space", "fastffn.objectives", "fastffn.plan"
 _REPEATS = 300  # proposals in a row that are all known before the space counts as exhausted
 _POLL = (0.05, 1.0)  # seconds between two looks at what others do: first, and at most
 
@@ -116,9 +117,8 @@ class Study:
             raise UserError(f"study {name} was not made by fastffn")
         plan = attributes.get(PLAN, {})
         settings = {key: plan[key] for key in ("seed", "reduction") if key in plan}
-        space = Space.from_dict(attributes[_SPACE])
-        objectives = attributes[_OBJECTIVES]
-        return Study(space, evaluate, storage, name, objectives=objectives, **settings)
+        settings["objectives"] = attributes[_OBJECTIVES]
+        return Study(Space.from_dict(attributes[_SPACE]), evaluate, storage, name, **settings)
 
     # -- running
 
@@ -152,9 +152,9 @@ class Study:
             How many candidates this call judged.
 
         Raises:
-            UserError: an unknown method, a seed that is no member, or a study that is only read.
-            Exception: whatever `evaluate` raises; the candidate is tried again by the next look of
-                any worker.
+            UserError: an unknown method, a seed that is no member, a study that is only read, or a
+                database that is lost meanwhile.
+            Exception: whatever `evaluate` raises; the candidate goes back to the queue.
         """
         if batch < 1 or random < 0:
             raise UserError("a study needs a batch of at least 1 and random of at least 0")
@@ -162,14 +162,13 @@ class Study:
         plan = {
             "trials": n_trials,
             "random": random,
-            "propose": dict(propose) if isinstance(propose, Mapping) else propose,
+            # an object stays here: other processes cannot have it
+            "propose": propose if isinstance(propose, str | Mapping) else None,
             "batch": batch,
             "seed": self.seed,
             "objectives": list(self.objectives),
             "reduction": self.reduction,
         }
-        if not isinstance(propose, str | Mapping):
-            plan["propose"] = None  # an object, which other processes cannot have
         if self.plan != plan:
             self._study.set_user_attr(PLAN, plan)
         return self._run(plan, method, seeds, progress, stop)
@@ -293,7 +292,7 @@ class Study:
     @property
     def notes(self) -> dict[str, Any]:
         """What `note` kept, as it is in the storage now."""
-        return notes(self._storage, self.name)
+        return self._storage.notes(self.name)
 
     def note(self, key: str, value: Any) -> None:
         """Keeps a JSON value in the study, for other processes."""
@@ -306,7 +305,7 @@ class Study:
             raise UserError(f"study {self.name} was opened for reading: it has no evaluation")
         judge = Judge(self._study, self._queue, self.evaluate, self.objectives, self.reduction)
         state, wait = self._ledger, _POLL[0]
-        with quiet(self._optuna):
+        with quiet(self._optuna), self._storage.connected():
             state.refresh()
             told = len(state.settled)
             self._seed([self.space.candidate(seed.genes) for seed in seeds], plan["trials"])
@@ -376,13 +375,14 @@ class Study:
             self._study.set_user_attr(_OBJECTIVES, objectives)
             self._study.set_user_attr(_SPACE, ours)
             return
-        differing = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+        differing = [
+            f"{key} {_short(theirs.get(key))} there, {_short(ours.get(key))} here"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
         if differing:
-            each = (
-                f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in sorted(differing)
-            )
             raise UserError(
-                f"study {self.name} was made with another space ({'; '.join(each)}): "
+                f"study {self.name} was made with another space ({'; '.join(differing)}): "
                 "take another run directory or name, or the space it was made with"
             )
         if found[_OBJECTIVES] != objectives:
@@ -392,11 +392,5 @@ class Study:
             )
 
 
-def notes(storage: Storage, name: str) -> dict[str, Any]:
-    """The notes of a study without opening it.
-
-    Raises:
-        UserError: there is no study of that name.
-    """
-    found = storage.attributes(name)
-    return {key[len(NOTE) :]: found[key] for key in found if key.startswith(NOTE)}
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 80, placeholder=" ...")

@@ -15,7 +15,7 @@ from typing import Any
 from .judging import Evaluate
 from .space import Space
 from .storage import Storage
-from .study import NOTE, PLAN, Progress, Study, notes
+from .study import PLAN, Progress, Study
 
 Evaluators = Callable[[str, Mapping[str, Any], Space], Evaluate]
 
@@ -51,7 +51,7 @@ def work(
     place = storage if isinstance(storage, Storage) else Storage(storage, heartbeat, create=False)
     studies: dict[str, Study] = {}
     judged = 0
-    while not (head := notes(place, name)).get("finished"):
+    while not (head := place.notes(name)).get("finished"):
         stage = _open_stage(place, name, head)
         if stage is None:
             time.sleep(wait)
@@ -73,8 +73,7 @@ def _open_stage(place: Storage, name: str, head: Mapping[str, Any]) -> str | Non
     """The first stage that is open and has a plan."""
     begun = set(place.names())
     for stage in head.get("stages", ()):
-        if f"{name}.{stage}" in begun:
-            attributes = place.attributes(f"{name}.{stage}")
-            if attributes.get(f"{NOTE}open") and PLAN in attributes:
-                return stage
+        study = f"{name}.{stage}"
+        if study in begun and place.notes(study).get("open") and PLAN in place.attributes(study):
+            return stage
     return None
