@@ -9,8 +9,7 @@ finished     whether the search has ended
 
 from typing import Any
 
-from .storage import Storage, import_optuna, quiet
-from .study import NOTE
+from .storage import NOTE, Storage, import_optuna, quiet
 
 
 class Head:

@@ -21,7 +21,6 @@ from fastffn.search.evaluation import evaluation, fingerprint
 from fastffn.search.recipe import SearchRecipe
 from fastffn.search.space import Space
 from fastffn.search.storage import Storage
-from fastffn.search.study import notes
 from fastffn.search.work import work
 
 Progress = Callable[[str, float, float, str], None]
@@ -86,7 +85,7 @@ def run(
 def _only(storage: Storage) -> str:
     """The name of the search in a database."""
     names = storage.names()
-    heads = [name for name in names if "." not in name and notes(storage, name).get("stages")]
+    heads = [name for name in names if "." not in name and storage.notes(name).get("stages")]
     if len(heads) == 1:
         return heads[0]
     if not heads:
