@@ -10,7 +10,8 @@ import optuna
 import pytest
 from search_workers import SPACE, quality
 
-from fastffn.search import Study, liveness
+from fastffn.errors import UserError
+from fastffn.search import RandomProposal, Space, Study, liveness
 from fastffn.search.claims import Claim
 from fastffn.search.storage import Storage
 
@@ -72,6 +73,46 @@ def test_many_threads_get_every_slot_once(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(slot for slot, _ in won) == list(range(12))
+
+
+class Counted(RandomProposal):
+    """Chance, and how often it was asked."""
+
+    asked = 0
+
+    def propose(self, history, rng):
+        self.asked += 1
+        return super().propose(history, rng)
+
+
+def test_batches_are_claimed_at_once_in_the_order_of_their_genes():
+    judged, waiting = [], []
+
+    def evaluate(genes):
+        judged.append([str(gene) for gene in genes])
+        waiting.append(study.counts()["waiting"])
+        return quality(genes)
+
+    study = Study(SPACE, evaluate)
+    study.run(10, batch=4)
+    assert waiting == [3, 2, 1, 0, 3, 2, 1, 0, 1, 0]
+    for start in (0, 4, 8):
+        assert judged[start : start + 4] == sorted(judged[start : start + 4])
+    assert [record["genes"] for record in study.candidates()] == judged
+
+
+def test_the_first_candidates_are_the_seeds_and_then_chance():
+    study, method = Study(SPACE, quality), Counted(SPACE)
+    seeds = SPACE.plain()[:2]
+    study.run(8, method, seeds=seeds, random=5)
+    assert [r["genes"] for r in study.candidates()[:2]] == [seed.texts for seed in seeds]
+    assert method.asked == 3
+    with pytest.raises(UserError, match="batch of at least 1"):
+        study.run(9, batch=0)
+    outside = Space(hidden_size=120, num_layers=2).plain()[0]
+    with pytest.raises(UserError, match="outside the budget"):
+        study.run(9, seeds=[outside])
+    assert study.counts()["settled"] == 8
 
 
 # -- what a kill leaves

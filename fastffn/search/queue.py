@@ -10,6 +10,7 @@ any worker's next look and done again, and the claim's attempt makes sure that i
 """
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,9 @@ class Queue:
 
     def look_far(self) -> None:
         """Fails the trials whose workers, of any machine, gave no sign of life for too long."""
-        self._optuna.storages.fail_stale_trials(self._study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            self._optuna.storages.fail_stale_trials(self._study)
 
     def _wait(self, claim: Claim) -> None:
         candidate = self.candidate(claim.fingerprint, claim.genes)

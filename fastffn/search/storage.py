@@ -45,9 +45,7 @@ def quiet(optuna) -> Iterator[None]:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
+        yield
     finally:
         optuna.logging.set_verbosity(before)
 
@@ -90,7 +88,8 @@ class Storage:
             raise UserError("heartbeat: give whole seconds, at least 1")
         self.place = _hidden(url) if "://" in str(place) else str(place)
         self.grace = GRACE * interval
-        with quiet(optuna):
+        with quiet(optuna), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._database = _open(optuna, url, self.place, interval)
             self.backend = optuna.storages.get_storage(self._database)  # with Optuna's cache
 
