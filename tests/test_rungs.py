@@ -1,6 +1,8 @@
 """Candidates judged in steps of rising fidelity: early stops, several objectives, what is kept."""
 
+import gc
 import math
+import weakref
 
 import optuna
 import pytest
@@ -80,6 +82,28 @@ def test_divergence_at_any_rung_is_the_end(tmp_path):
     assert study.candidates() == [] and study.counts()["diverged"] == 2
     with pytest.raises(UserError, match="no candidate is finished yet"):
         study.best()
+
+
+class Model:
+    """Something heavy that an evaluation makes."""
+
+
+def test_nothing_of_an_evaluation_is_kept(tmp_path):
+    made = []
+
+    def evaluate(genes):
+        gc.collect()
+        alive.append(sum(model() is not None for model in made))
+        model = Model()
+        made.append(weakref.ref(model))
+        yield quality(genes)
+        yield quality(genes) if model else math.nan
+
+    alive: list[int] = []
+    study = Study(SPACE, evaluate, tmp_path)
+    study.run(12)
+    assert study.counts()["pruned"] > 0
+    assert alive == [0] * 12
 
 
 def test_an_evaluation_without_a_quality_is_an_error():
