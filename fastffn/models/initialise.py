@@ -22,7 +22,7 @@ A gate starts as the constant 1: `mul(gelu_erf(up(x)), gate(x))` is the teacher'
 With all layers, full width and the teacher's activation the student's outputs are the teacher's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -198,6 +198,7 @@ def extract(
     supernet: EfficientBertPreTrainedModel,
     genes: Sequence[Gene | str] | None = None,
     layers: Sequence[int] | None = None,
+    shared: Collection[str] = (),
 ) -> EfficientBertPreTrainedModel:
     """The stand-alone model of a sub-network, with copies of its weights.
 
@@ -207,6 +208,8 @@ def extract(
         genes: one for each layer of the result; None: the current ones of these layers.
         layers: those of the supernet that it takes over, rising; None: all, or without genes those
             that run now.
+        shared: names of parameters that are not copied but have the supernet's memory: for those
+            that nobody trains.
 
     Raises:
         UserError: the model is no supernet, a gene does not fit it, or layers that it has not.
@@ -225,11 +228,12 @@ def extract(
         supernet.base_model.encoder.layer[k].ffn.check_gene(gene)
     changes = {"num_hidden_layers": len(kept), "genes": genes, "supernet": None}
     changes["kept_layers"] = None
-    model = type(supernet)(type(config).from_dict(config.to_dict() | changes))
-    model.to(device=supernet.device, dtype=supernet.dtype).train(supernet.training)
-    weights = _of_layers(supernet.state_dict(), kept)
-    model.load_state_dict(leading_slices(weights, model.state_dict()))
-    return model
+    with torch.device("meta"):  # no memory and no random numbers: all weights come from there
+        model = type(supernet)(type(config).from_dict(config.to_dict() | changes))
+    weights = leading_slices(_of_layers(supernet.state_dict(), kept), model.state_dict())
+    weights |= {name: weights[name].clone() for name in weights.keys() - set(shared)}
+    model.load_state_dict(weights, assign=True)
+    return model.train(supernet.training)
 
 
 @torch.no_grad()

@@ -225,6 +225,7 @@ class Trained(_Evaluation):
             rows = self.made.data[stage.data].train
             taught = self.taught(stage, module, rows, "train")
             self._trainings.append((stage, taught, stage_seed(self.made.recipe, number)))
+        self._untrained = self._never_trained()
 
     def __call__(self, genes: Sequence[Gene]) -> Iterator[float]:
         """Yields the quality after each rung."""
@@ -245,7 +246,18 @@ class Trained(_Evaluation):
 
     def cut(self, genes: Sequence[Gene]) -> nn.Module:
         """The candidate with the supernet's weights."""
-        return extract(self.supernet, genes, layers_for(genes, self.supernet))
+        layers = layers_for(genes, self.supernet)
+        return extract(self.supernet, genes, layers, self._untrained)
+
+    def _never_trained(self) -> set[str]:
+        """Names of the parameters of a candidate that none of the stages trains."""
+        genes = self.supernet.config.parsed_genes()
+        probe = extract(self.supernet, genes)
+        names = {name for name, _ in probe.named_parameters()}
+        for stage, _, _ in self._trainings:
+            freeze(probe, stage)
+            names -= {name for name, p in probe.named_parameters() if p.requires_grad}
+        return names
 
     def _train(
         self, module: StageModule, stage: Stage, taught: Taught | None, seed: int, steps: int
