@@ -55,6 +55,16 @@ def test_an_attempt_is_raised_once(claims):
     assert claims.get([0]) == [first._replace(attempt=1, owner="b 1 2 3")]
 
 
+def test_an_attempt_is_taken_once_and_only_while_it_is_the_last(claims):
+    assert claims.add([claim(0, "a")])
+    (before,) = claims.get([0])
+    assert claims.take(0, 0) and not claims.take(0, 0)
+    assert not claims.again(before, ME)  # it looked as if nobody had it
+    (taken,) = claims.get([0])
+    assert taken.taken == 0 and claims.again(taken, ME)
+    assert not claims.take(0, 0) and claims.take(0, 1) and not claims.take(0, 1)
+
+
 def test_many_threads_get_every_slot_once(tmp_path):
     storage = Storage(tmp_path)
     optuna.create_study(storage=storage.backend, study_name="search")

@@ -7,8 +7,10 @@ never more candidates than asked for.
 
 A claim counts how often its candidate was queued (`attempt`). Whoever finds that the attempt came
 to nothing (its worker died, even between the claim and the queue) raises the number, which only one
-can, and queues the candidate again; a trial with a number below its claim's is out of date and is
-not judged. The table lies in the database of the study, whose other tables are Optuna's.
+can, and queues the candidate again. Before a trial is judged, its worker takes the attempt, which
+works once and only while the trial's number is the claim's: so a trial that comes too late is not
+judged, and an attempt that was taken does not look as if it never reached the queue. The table
+lies in the database of the study, whose other tables are Optuna's.
 
 Why not claims inside Optuna's own transaction: that takes its private functions; and why not its
 callback for stale trials: what dies between the failing and the callback is lost.
@@ -29,6 +31,7 @@ class Claim(NamedTuple):
         genes: its texts, one per layer.
         attempt: how often it was queued again, from 0.
         owner: who claimed or queued it last (see `liveness`).
+        taken: the latest attempt that a worker took from the queue; -1 before the first.
     """
 
     slot: int
@@ -36,6 +39,7 @@ class Claim(NamedTuple):
     genes: tuple[str, ...]
     attempt: int
     owner: str
+    taken: int = -1
 
 
 class Claims(Protocol):
@@ -51,7 +55,10 @@ class Claims(Protocol):
         """Those of these slots, as they are now."""
 
     def again(self, claim: Claim, owner: str) -> bool:
-        """Raises the attempt for `owner`; False if another was faster."""
+        """Raises the attempt for `owner`; False if the claim changed since it was read."""
+
+    def take(self, slot: int, attempt: int) -> bool:
+        """Takes an attempt from the queue; False if it is taken or out of date."""
 
 
 class MemoryClaims:
@@ -80,9 +87,17 @@ class MemoryClaims:
 
     def again(self, claim: Claim, owner: str) -> bool:
         with self._lock:
-            if self._claims[claim.slot].attempt != claim.attempt:
+            if self._claims[claim.slot] != claim:
                 return False
             self._claims[claim.slot] = claim._replace(attempt=claim.attempt + 1, owner=owner)
+            return True
+
+    def take(self, slot: int, attempt: int) -> bool:
+        with self._lock:
+            claim = self._claims[slot]
+            if claim.attempt != attempt or claim.taken == attempt:
+                return False
+            self._claims[slot] = claim._replace(taken=attempt)
             return True
 
 
@@ -125,16 +140,17 @@ class DatabaseClaims:
         return self._read(self._table.c.slot.in_(slots)) if slots else []
 
     def again(self, claim: Claim, owner: str) -> bool:
+        unchanged = self._table.c.taken == claim.taken
+        changes = {"attempt": claim.attempt + 1, "owner": owner}
+        return self._update(claim.slot, claim.attempt, unchanged, changes)
+
+    def take(self, slot: int, attempt: int) -> bool:
+        return self._update(slot, attempt, self._table.c.taken < attempt, {"taken": attempt})
+
+    def _update(self, slot: int, attempt: int, condition, changes: dict) -> bool:
         columns = self._table.c
-        statement = (
-            self._table.update()
-            .where(
-                columns.study == self._study,
-                columns.slot == claim.slot,
-                columns.attempt == claim.attempt,
-            )
-            .values(attempt=claim.attempt + 1, owner=owner)
-        )
+        wanted = columns.study == self._study, columns.slot == slot, columns.attempt == attempt
+        statement = self._table.update().where(*wanted, condition).values(**changes)
         with self._engine.begin() as connection:
             return connection.execute(statement).rowcount == 1
 
@@ -161,5 +177,6 @@ def _table():
         Column("genes", Text, nullable=False),
         Column("attempt", Integer, nullable=False),
         Column("owner", String(512), nullable=False),
+        Column("taken", Integer, nullable=False),
         UniqueConstraint("study", "fingerprint"),
     )

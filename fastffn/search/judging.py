@@ -69,15 +69,20 @@ class Judge:
 
     def _judge(self, trial) -> float | Sequence[float]:
         self._number = trial.number
-        attributes, claim = trial.user_attrs, None
-        if ledger.GENES in attributes:  # else another worker emptied the queue just before
-            (claim,) = self._queue.claims.get([attributes[ledger.SLOT]])
-        if claim is None or claim.attempt != attributes[ledger.ATTEMPT]:
+        attributes = trial.user_attrs
+        slot, attempt = attributes.get(ledger.SLOT), attributes.get(ledger.ATTEMPT)
+        # no slot: another worker emptied the queue just before
+        if (
+            slot is None
+            or self._queue.stands_back(slot, attempt)
+            or not self._queue.claims.take(slot, attempt)
+        ):
             trial.set_user_attr(ledger.OUTDATED, True)
             return math.nan  # Optuna marks the trial as failed
         try:
-            candidate = self._queue.candidate(claim.fingerprint, claim.genes)
-            values = self._values(trial, candidate, claim.slot)
+            genes = attributes[ledger.GENES]
+            candidate = self._queue.candidate(attributes[ledger.FINGERPRINT], genes)
+            values = self._values(trial, candidate, slot)
         except self._optuna.TrialPruned:
             self._ended = True
             raise

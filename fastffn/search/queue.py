@@ -96,14 +96,34 @@ class Queue:
                 state.refresh()
         idle = state.open - state.live.keys()
         for claim in self.claims.get(idle):
-            tried = claim.attempt == state.attempts.get(claim.slot)
-            # otherwise its owner is about to queue it, or died before it could
-            if tried or self._gone(claim.owner) or self._overdue((claim.slot, claim.attempt)):
-                me = liveness.signature()
-                if self.claims.again(claim, me):
-                    self._wait(claim._replace(attempt=claim.attempt + 1, owner=me))
+            failed = claim.attempt == state.attempts.get(claim.slot)
+            # otherwise its owner is about to queue it, or died before it could, or it is so new
+            # that only its claim says that a worker has it
+            torn = claim.taken < claim.attempt and (
+                self._gone(claim.owner) or self._overdue((claim.slot, claim.attempt))
+            )
+            if failed or torn:
+                self._again(claim)
         if idle:
             state.refresh()
+
+    def stands_back(self, slot: int, attempt: int) -> bool:
+        """Whether a candidate of an earlier slot waits, one that was queued again and stands behind
+        the rest of its batch; then this one is queued again too. Whom successive halving stops
+        depends on the order, which is that of the slots, interrupted or not."""
+        live = self.ledger.live.items()
+        if not any(trial.state.name == "WAITING" for other, trial in live if other < slot):
+            return False
+        (claim,) = self.claims.get([slot])
+        if claim.attempt == attempt:
+            self._again(claim)
+        return True
+
+    def _again(self, claim: Claim) -> None:
+        """Queues a claim's candidate again, unless another does."""
+        me = liveness.signature()
+        if self.claims.again(claim, me):
+            self._wait(claim._replace(attempt=claim.attempt + 1, owner=me))
 
     def look_far(self) -> None:
         """Fails the trials whose workers, of any machine, gave no sign of life for too long."""
