@@ -1,6 +1,7 @@
-"""docs/distillation.md: its examples run, and it names every key that a recipe takes."""
+"""docs/distillation.md and docs/search.md: examples run, every key of a recipe is named."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -13,17 +14,36 @@ from fastffn.distill import read
 from fastffn.distill.recipe import DataSpec, ModelSpec, Recipe, Schedule, Stage
 from fastffn.distill.recipe import shipped as shipped_recipes
 from fastffn.distill.terms import TERMS, Sizes
+from fastffn.search import METHODS, Space
+from fastffn.search.latency_table import LatencyTable, Target
+from fastffn.search.merit import OBJECTIVES
+from fastffn.search.recipe import Score, SearchRecipe, SearchStage
+from fastffn.search.recipe import read as read_search
+from fastffn.search.recipe import shipped as shipped_searches
 
-PAGE = Path(__file__).parents[1] / "docs" / "distillation.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, SEARCH = DOCS / "distillation.md", DOCS / "search.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+def blocks(language: str, page: Path = PAGE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
 
 
-def block(language: str, with_: str) -> str:
-    (found,) = (text for text in blocks(language) if with_ in text)
+def block(language: str, with_: str, page: Path = PAGE) -> str:
+    (found,) = (text for text in blocks(language, page) if with_ in text)
     return found
+
+
+def in_code(text: str) -> set[str]:
+    """Names that stand between backticks."""
+    return set(re.findall(r"[`:{,([] ?([a-z_]+[0-9]?)", "".join(re.findall("`.*?`", text))))
+
+
+def section(title: str) -> str:
+    """The part of the page on searches under this heading."""
+    return re.split(
+        r"^#+ ", SEARCH.read_text(encoding="utf-8").split(f"# {title}\n")[1], flags=re.M
+    )[0]
 
 
 def example(tmp_path: Path, *overrides: str) -> Recipe:
@@ -41,7 +61,7 @@ def test_the_example_is_a_recipe(tmp_path):
 
 
 def test_every_key_is_on_the_page():
-    named = set(re.findall(r"[`:{,(] ?([a-z_]+)", "".join(re.findall("`.*?`", PAGE.read_text()))))
+    named = in_code(PAGE.read_text(encoding="utf-8"))
     classes = [DataSpec, ModelSpec, Recipe, Schedule, Stage, *TERMS.values()]
     keys = {field.name for cls in classes for field in dataclasses.fields(cls)}
     assert not keys - named
@@ -78,3 +98,70 @@ def test_the_loss_of_ones_own_works(first_token, tmp_path):
     value = term({"hidden.0": ours}, {"hidden.1": theirs}, {})
     value.backward()
     assert value.item() == pytest.approx(0.5) and ours.grad.isfinite().all()
+
+
+# -- docs/search.md ------------------------------------------------------------------------------
+
+
+def test_the_example_is_a_search(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(block("yaml", "search:", SEARCH), encoding="utf-8")
+    recipe = read_search(path)
+    assert [stage.name for stage in recipe.search] == ["coarse", "fine"]
+    assert recipe.search[0].score.metric == "accuracy"
+
+
+@pytest.mark.parametrize(
+    "title, cls, apart",
+    [
+        ("Top level", SearchRecipe, {"distil"}),  # its keys stand beside the search's
+        ("Top level", Recipe, set()),
+        ("The space", Space, set()),
+        ("The space", Target, set()),
+        ("Stages of the search", SearchStage, set()),
+        ("Stages of the search", Score, set()),
+    ],
+)
+def test_every_key_of_a_search_is_in_its_table(title, cls, apart):
+    rows = [line.split("|")[1] for line in section(title).splitlines() if line.startswith("|")]
+    keys = {field.name for field in dataclasses.fields(cls)} - apart
+    assert not keys - in_code("".join(rows))
+
+
+def test_every_method_is_there_with_its_options_and_their_defaults():
+    text = section("Proposals")
+    for name, method in METHODS.items():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        for option in inspect.signature(method).parameters.values():
+            assert option.name == "space" or f"`{option.name}: {option.default}`" in row
+
+
+def test_every_objective_and_every_shipped_search_is_there():
+    page = SEARCH.read_text(encoding="utf-8")
+    assert not OBJECTIVES.keys() - in_code(section("Several objectives"))
+    assert all(f"| `{name}` |" in page for name in shipped_searches())
+
+
+def test_the_defaults_of_a_search_are_those_on_the_page():
+    text = section("Stages of the search")
+    for cls in (SearchStage, Score):
+        for field in dataclasses.fields(cls):
+            if isinstance(field.default, int | str):
+                row = next(
+                    line for line in text.splitlines() if line.startswith(f"| `{field.name}` |")
+                )
+                assert row.split("|")[2].strip(" `") == str(field.default)
+
+
+def test_the_functions_of_ones_own_are_searched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(compile(block("python", "def evaluate", SEARCH), "docs", "exec"), found)
+    assert found["result"].best["quality"] > 0
+    assert (tmp_path / "runs" / "mine" / "search.sqlite3").exists()
+
+
+def test_the_table_of_latencies_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block("python", "measure(", SEARCH), "docs", "exec"), {})
+    assert LatencyTable.load("table.json").target == Target("cpu", length=32, threads=1)
