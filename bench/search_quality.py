@@ -61,6 +61,7 @@ class Bench:
     search: Sequence[str]  # overrides
     steps: int
     rate: float
+    batch: int
     random: int
     precision: str
 
@@ -117,7 +118,12 @@ class Bench:
         losses |= {"vector": {}} if self.task is None else {"soft_labels": {}}
         stage = {
             **{"name": "final", "student": "student", "data": what, "losses": losses},
-            **{"steps": self.steps, "batch_size": 32, "learning_rate": self.rate, "cache": True},
+            **{
+                "steps": self.steps,
+                "batch_size": self.batch,
+                "learning_rate": self.rate,
+                "cache": True,
+            },
         }
         dtype = "bfloat16" if self.precision == "bf16" else "float32"
         recipe = Recipe.from_mapping(
@@ -238,7 +244,8 @@ def main() -> None:
     add("--teacher", default=DEFAULT_TEACHER, help="fine-tuned on the task")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--random", type=int, default=5, help="random contenders of each seed")
-    add("--steps", type=int, default=600, help="of a contender's distillation, 32 rows each")
+    add("--steps", type=int, default=600, help="of a contender's distillation")
+    add("--batch", type=int, default=32, help="rows of a step")
     add("--rate", type=float, default=3e-4)
     add("--precision", default="fp32", choices=("fp32", "bf16"))
     add("--search", nargs="*", default=[], help="overrides of the search's recipe")
