@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -211,3 +212,11 @@ def test_who_is_dead():
     assert liveness.is_dead(owner)
     child.communicate()
     assert liveness.worker(owner) == f"{host}:{child.pid}"
+
+
+def test_a_table_of_another_version_is_refused(tmp_path):
+    Storage(tmp_path)
+    with sqlite3.connect(tmp_path / "search.sqlite3") as database:
+        database.execute("alter table fastffn_claims drop column taken")
+    with pytest.raises(UserError, match="another version of fastffn: take a new one"):
+        Storage(tmp_path)

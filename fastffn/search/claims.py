@@ -21,6 +21,8 @@ import threading
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
+from ..errors import UserError
+
 
 class Claim(NamedTuple):
     """A slot of a study and what it is for.
@@ -116,8 +118,16 @@ class DatabaseClaims:
 
     @staticmethod
     def create(engine) -> None:
-        """Makes the table where it is missing."""
-        _table().create(engine, checkfirst=True)
+        """Makes the table where it is missing. Raises a UserError where it is another version's."""
+        from sqlalchemy import inspect
+
+        table = _table()
+        table.create(engine, checkfirst=True)
+        there = {column["name"] for column in inspect(engine).get_columns(table.name)}
+        if there != {*table.columns.keys()}:
+            raise UserError(
+                "the search's database was made by another version of fastffn: take a new one"
+            )
 
     def add(self, claims: Sequence[Claim]) -> bool:
         from sqlalchemy.exc import IntegrityError
