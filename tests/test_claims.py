@@ -7,8 +7,11 @@ import subprocess
 import sys
 import threading
 
-import optuna
 import pytest
+
+pytest.importorskip("optuna")
+
+import optuna
 from search_workers import SPACE, quality
 
 from fastffn.errors import UserError
@@ -171,6 +174,7 @@ def test_the_slow_owner_of_a_claim_that_was_given_away_changes_nothing(tmp_path)
 TAKEN = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
+import optuna
 from search_workers import SPACE, quality
 from fastffn.search import Study
 from fastffn.search.sampler import GeneSampler

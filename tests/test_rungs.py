@@ -4,8 +4,11 @@ import gc
 import math
 import weakref
 
-import optuna
 import pytest
+
+pytest.importorskip("optuna")
+
+import optuna
 from search_workers import SPACE, quality
 
 from fastffn.errors import UserError
