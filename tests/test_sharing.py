@@ -221,3 +221,32 @@ def test_depths_of_the_sandwich():
     assert all(network.layers is None and len(network.genes) == 3 for network in without)
     with pytest.raises(UserError, match="4 of the supernet's 3 layers"):
         Sandwich(model, 2, 0, depths=(4,))
+
+
+def test_ratios_of_the_sandwich():
+    model = supernet()
+    sandwich = Sandwich(model, 4, seed=5, ratios=("1/2", "1/3"))
+    assert {gene.ratio for gene in sandwich.largest.genes} == {Fraction(1, 2)}
+    drawn = [gene.ratio for step in range(20) for n in sandwich.at(step) for gene in n.genes]
+    assert {*drawn} == {Fraction(1, 2), Fraction(1, 3)}
+    with pytest.raises(UserError, match="ratios: 9 is not between 0 and the supernet's"):
+        Sandwich(model, 2, 0, ratios=("9",))
+
+
+@pytest.mark.parametrize("ratios", [(), ("1/2", "1", "2")])
+def test_functions_with_x_inside_are_never_wider_than_x(ratios):
+    config = EfficientBertConfig(
+        vocab_size=20,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        genes=["1x1 down(mul(up(x), x))", "1x1 down(gelu(up(x)))"],
+        supernet={"max_stack": 1, "max_width": 24},
+    )
+    model = EfficientBertForSequenceClassification(config)
+    sandwich = Sandwich(model, 4, seed=0, ratios=ratios)
+    for step in range(10):
+        for network in sandwich.at(step):
+            model.set_genes(*network)
+            assert network.genes[0].width(12) <= 12
+    assert [gene.width(12) for gene in sandwich.largest.genes] == [12, 24]

@@ -140,7 +140,7 @@ class Prepared:
             steps = self.steps(stage)
             replacing = Replacing(first, teacher, stage.replacing, steps, seed)
         if stage.subnetworks is not None:
-            sandwich = Sandwich(first, stage.subnetworks, seed, stage.depths)
+            sandwich = Sandwich(first, stage.subnetworks, seed, stage.depths, stage.ratios)
         return StageModule(students, terms, replacing, sandwich)
 
 

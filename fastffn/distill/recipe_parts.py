@@ -1,5 +1,6 @@
 """The parts of a recipe: models, data, losses, stages. Each checks what it alone can know."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from fastffn.errors import UserError
 
 UNSET = "???"  # what the user must give
 TOP_MODELS = ("teacher", "student")  # models that have a key of their own
+_RATIO = re.compile(r"[1-9]\d*(/[1-9]\d*)?")
 SOURCES = ("load", "layers_of", "like", "efficientbert", "supernet")
 
 
@@ -168,6 +170,8 @@ class Stage:
         subnetworks: of a supernet: how many learn at a step, largest and smallest among them.
         depths: with subnetworks: numbers of layers that smaller ones may have (elastic depth,
             DynaBERT, arXiv 2004.04037); none: all layers always.
+        ratios: with subnetworks: the inner widths that they draw from, over the hidden width times
+            base, such as 1/2; none: 1, 1/2, 1/3 and 1/4 of the supernet's.
         projections: helper parameters at the start of the stage: kept from the one before, or new.
         cache: keep the teacher's outputs on disk.
         enabled: false leaves the stage out.
@@ -195,6 +199,7 @@ class Stage:
     replacing: Schedule | None = None
     subnetworks: int | None = None
     depths: tuple[int, ...] = ()
+    ratios: tuple[str | int, ...] = ()
     projections: Literal["keep", "new"] = "keep"
     cache: bool = False
     enabled: bool = True
@@ -229,6 +234,11 @@ class Stage:
             raise UserError(f"subnetworks {self.subnetworks}: at least 2, largest and smallest")
         if self.depths and self.subnetworks is None:
             raise UserError("depths are those of sub-networks: give subnetworks too")
+        if self.ratios and self.subnetworks is None:
+            raise UserError("ratios are those of sub-networks: give subnetworks too")
+        for ratio in self.ratios:
+            if not _RATIO.fullmatch(str(ratio)):
+                raise UserError(f"ratios {ratio} is none: give such as 1/2 or 1")
         if len(set(self.depths)) < len(self.depths) or min(self.depths, default=1) < 1:
             raise UserError(f"depths {list(self.depths)}: give different numbers of layers, from 1")
 
