@@ -188,6 +188,23 @@ def test_a_candidate_that_kills_its_process_is_given_up(tmp_path):
     }
 
 
+def test_a_candidate_that_always_raises_is_given_up_and_an_interrupted_one_is_not(tmp_path):
+    broken = SPACE.plain()[0]
+    raised: list[BaseException] = [*[KeyboardInterrupt()] * 4, *[RuntimeError("memory")] * 3]
+
+    def evaluate(genes):
+        if genes == broken.genes:
+            raise raised.pop(0)
+        return quality(genes)
+
+    while raised:
+        with pytest.raises(type(raised[0])):
+            Study(SPACE, evaluate, tmp_path).run(3, seeds=[broken])
+    study = Study(SPACE, evaluate, tmp_path)
+    study.run(3, seeds=[broken])
+    assert (study.counts()["finished"], study.counts()["diverged"]) == (2, 1)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_an_error_ends_the_run_and_the_candidate_is_tried_again(tmp_path, error):
     calls = []

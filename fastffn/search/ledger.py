@@ -2,7 +2,7 @@
 
 Reading costs what changed, not what there is: finished trials are looked at once, claims are read
 from the first unknown slot on. A slot is settled when its candidate has a quality (judged to the
-end or stopped early), diverged, or was given up because it took its worker with it too often.
+end or stopped early), diverged, or was given up because it ended its worker too often.
 """
 
 from collections import Counter
@@ -21,7 +21,8 @@ RAISED = "raised"  # the evaluation raised this; its candidate may be tried agai
 OUTDATED = "outdated"  # there was nothing to judge: another trial has the candidate
 INHERITED = "inherited"  # judged in another study
 
-MAX_DEATHS = 3  # a candidate that takes the process with it this often is given up
+MAX_DEATHS = 3  # a candidate that kills its process or raises this often is given up
+_STOPPED = ("KeyboardInterrupt", "SystemExit")  # somebody ended the process: no fault of its own
 
 
 class Ledger:
@@ -109,7 +110,7 @@ class Ledger:
         slot = attributes[SLOT]
         self._attempted(slot, trial)
         if trial.state.name == "FAIL" and DIVERGED not in attributes:
-            self._deaths[slot] += RAISED not in attributes
+            self._deaths[slot] += not attributes.get(RAISED, "").startswith(_STOPPED)
             if self._deaths[slot] < MAX_DEATHS:
                 return
         self.settled[slot] = record(trial)
