@@ -76,7 +76,7 @@ def test_a_shipped_recipe_ends_with_a_student_to_distil(name, files, tmp_path, c
         assert f"  layer {layer}: {gene}\n" in printed
     student = distillation.read(tmp_path / "run" / "student.yaml").models["student"]
     assert student.efficientbert["genes"] == genes
-    if name != "small":  # the share of rows that are right, of eight
+    if name == "efficientbert-search":  # the share of rows that are right, of eight
         assert {8 * record["quality"] % 1 for record in report["candidates"]} == {0}
 
 

@@ -17,6 +17,10 @@ from fastffn.errors import UserError
 from fastffn.evaluate.metrics import METRICS
 
 
+class NotFinite(UserError):
+    """A model's outputs are NaN or infinite."""
+
+
 def evaluate(
     model: nn.Module, encoded: Encoded, data: TaskData, split: str, batch_size: int = 64
 ) -> dict[str, float]:
@@ -33,8 +37,8 @@ def evaluate(
         metric -> value, in the order of the task's metrics.
 
     Raises:
-        UserError: rows that are not those of the split, logits that do not fit the task or are
-            not finite.
+        UserError: rows that are not those of the split, logits that do not fit the task or (a
+            `NotFinite`) are not finite.
     """
     task, examples = data.task, data.splits[split]
     qa = task.kind == "qa"
@@ -91,5 +95,5 @@ def _forward(model: nn.Module, encoded: Encoded, numbers: np.ndarray):
 
 def _finite(logits: Tensor) -> np.ndarray:
     if not logits.isfinite().all():
-        raise UserError("the model's outputs are not finite: its weights are broken")
+        raise NotFinite("the model's outputs are not finite: its weights are broken")
     return logits.float().cpu().numpy()

@@ -11,6 +11,7 @@ Why stages and not one long search: functions and widths interact, but most of w
 brings does not depend on the function, and the joint space is the product of both.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,13 @@ from ..expr import Gene
 from .merit import front
 from .proposals import Evaluated, Proposal
 from .space import Candidate, Space, frozen
-from .study import Evaluate, Study
+from .storage import AGAIN, Storage
+from .study import SPACE, Evaluate, Study
 
 StageProgress = Callable[[str, dict[str, Any], int, int], None]
 
 _FREEZE = ("functions", "shapes")
+_BASIS = "basis"  # note of a study
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,14 @@ class StageJudge:
         """Whether a stage ends now, after the candidate that was just judged."""
         return False
 
+    def ended(self, stage: Stage, study: Study) -> bool:
+        """Whether an earlier run ended the stage like this, and it stays so."""
+        return False
+
+    def basis(self, stage: Stage, winner: Candidate | None) -> Any:
+        """What of the winner before a stage its qualities depend on, beside the space: JSON."""
+        return None
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -105,7 +116,7 @@ class SearchResult:
 def coarse_to_fine(
     space: Space,
     evaluate: Evaluate | StageJudge,
-    storage: str | Path | None = None,
+    storage: str | Path | Storage | None = None,
     stages: Sequence[Stage] = STAGES,
     seeds: Iterable[Candidate] = (),
     seed: int = 0,
@@ -132,6 +143,7 @@ def coarse_to_fine(
     if not stages or len({stage.name for stage in stages}) < len(stages):
         raise UserError("a search needs at least one stage, and every stage a name of its own")
     judge = evaluate if isinstance(evaluate, StageJudge) else StageJudge(evaluate)
+    storage = storage if isinstance(storage, Storage) else Storage(storage)
     records: list[dict[str, Any]] = []
     known: list[Evaluated] = []  # by stages that judge as the last one
     winner: Candidate | None = None
@@ -168,17 +180,19 @@ def coarse_to_fine(
 def _searched(here, stage, judge, storage, seeds, known, winner, seed, name, progress) -> Study:
     """The study of a stage, all of whose candidates are judged."""
     judged: list[Evaluate] = []
+    basis = judge.basis(stage, winner)
     study = Study(
         here,
         lambda genes: judged[0](genes),
         storage,
-        f"{name}.{stage.name}",
+        _title(storage, f"{name}.{stage.name}", here, basis),
         seed,
         stage.objectives,
         stage.reduction,
     )
+    study.note(_BASIS, basis)
     study.inherit(known)
-    if study.counts()["settled"] < stage.trials:
+    if study.counts()["settled"] < stage.trials and not judge.ended(stage, study):
         judged.append(judge.open(stage, study, winner))
         study.run(
             stage.trials,
@@ -187,10 +201,24 @@ def _searched(here, stage, judge, storage, seeds, known, winner, seed, name, pro
             progress and partial(progress, stage.name),
             stage.batch,
             stage.random,
-            lambda: judge.enough(stage),
+            lambda: judge.enough(stage) and study.counts()["finished"] > 0,
         )
     judge.close(stage, study)
     return study
+
+
+def _title(storage: Storage, name: str, here: Space, basis: Any) -> str:
+    """The name of the stage's study. Where more candidates of an earlier stage have brought another
+    winner, the stage begins anew, beside what was judged around the one before."""
+    number, begun, ours = 1, set(storage.names()), json.loads(json.dumps(here.to_dict()))
+    while (title := f"{name}{AGAIN}{number}" if number > 1 else name) in begun:
+        there = storage.attributes(title).get(SPACE)
+        before = storage.notes(title)
+        around = there is None or all(there[key] == ours[key] for key in ("functions", "shapes"))
+        if around and before.get(_BASIS, basis) == basis:
+            break
+        number += 1
+    return title
 
 
 def _named(stages: Sequence[Stage], name: str) -> Stage:

@@ -18,6 +18,7 @@ Other processes, on this machine or others, join by `worker.run` on the same dat
 judges candidates as they do, and alone trains supernets and goes from stage to stage.
 """
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastffn.distill import engine as distillation_engine
 from fastffn.distill.preparation import prepare
@@ -36,21 +36,28 @@ from fastffn.distill.teacher import locate
 from fastffn.errors import UserError
 from fastffn.files import write_text_atomic
 from fastffn.memory import freed_memory_kept
-from fastffn.rundir import RunDirectory, atomic_directory
+from fastffn.rundir import RunDirectory
 from fastffn.search import compare as comparing
 from fastffn.search import export, pictures, show
+from fastffn.search.beginning import (
+    check_loaded,
+    check_members,
+    check_size,
+    check_stages,
+    completed,
+    options,
+    with_functions,
+)
 from fastffn.search.coarse_to_fine import StageJudge, coarse_to_fine
 from fastffn.search.evaluation import (
     SUPERNET,
     distillation,
     evaluation,
     fingerprint,
-    rest_of,
 )
 from fastffn.search.head import Head
 from fastffn.search.latency import measure
 from fastffn.search.recipe import SearchRecipe, SearchStage, read
-from fastffn.search.recipe_checks import check_fits
 from fastffn.search.space import Candidate, Space
 from fastffn.search.storage import Storage
 from fastffn.search.study import Study
@@ -58,7 +65,8 @@ from fastffn.search.study import Study
 Progress = Callable[[str, float, float, str], None]
 
 _CONTENTS = ("supernets", "search.sqlite3", "pictures", "recipe.yaml", "report.json")
-_CONTENTS += ("genes.yaml", "config.json", "student.yaml")
+_CONTENTS += ("genes.yaml", "config.json", "student.yaml", "compare.json")
+_BEGUN = "candidates"  # the phase that is finished when the first candidate is judged
 _SEEDS = 4  # plain candidates that are judged first
 
 
@@ -90,16 +98,18 @@ def run(
     recipe = _read(recipe, overrides)
     out = Path(out or Path("runs") / recipe.name)
     progress = progress or (lambda phase, done, total, text: None)
-    directory = RunDirectory(out, _options(recipe, storage), fresh, _CONTENTS, ("space",))
+    directory = RunDirectory(out, options(recipe, storage), fresh, _CONTENTS, ("space",))
     if directory.finished:
         done = directory.kept("trials")
-        if all(stage.trials <= done[stage.name] for stage in recipe.search):
+        same_time = recipe.minutes == directory.kept("minutes")
+        if same_time and all(stage.trials <= done[stage.name] for stage in recipe.search):
             progress("report", 1, 1, f"finished before: {out} (--fresh starts over)")
             return directory.report
         directory.reopen()
     with freed_memory_kept():
         search = _Search(recipe, directory, storage, progress)
         write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+        search.begin()
         coarse_to_fine(
             search.space,
             search,
@@ -111,6 +121,7 @@ def run(
             search.tell,
         )
     report = search.report()
+    directory.keep("minutes", recipe.minutes)
     directory.keep("trials", {stage.name: stage.trials for stage in recipe.search})
     write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib"):
@@ -143,7 +154,7 @@ def compare(
     out = Path(out or Path("runs") / recipe.name)
     progress = progress or (lambda phase, done, total, text: None)
     stage = recipe.search[0]
-    directory = RunDirectory(out, _options(recipe, None), False, _CONTENTS, ("space",))
+    directory = RunDirectory(out, options(recipe, None), False, _CONTENTS, ("space",))
     kept = out / "compare.json"
     judged = json.loads(kept.read_text()) if kept.exists() else {}
     total = len(methods) * len(seeds) * stage.trials
@@ -158,9 +169,11 @@ def compare(
 
     with freed_memory_kept():
         search = _Search(recipe, directory, None, progress)
+        evaluate = search.evaluation(stage, None)
+        directory.phase(_BEGUN, dict)
         return comparing.compare(
             search.space,
-            search.evaluation(stage, None),
+            evaluate,
             methods,
             stage.trials,
             seeds,
@@ -188,12 +201,17 @@ class _Search(StageJudge):
         self._records: list[dict[str, Any]] = []
         self._started = (time.monotonic(), 0)
         self._supernets: dict[str, list[str]] = {}
+        self._titles: dict[str, str] = {}  # of stages, with how often they were begun
+        self._functions: dict[str, list[str] | None] = {}  # that a stage trains a supernet with
         self.head = Head(self.storage, recipe.name)
+
+    def begin(self) -> None:
+        """Lets workers know of the search."""
         self.head.note(
             finished=False,
-            stages=[stage.name for stage in recipe.search],
-            recipe=recipe.to_mapping(),
-            directory=str(directory.path.resolve()),
+            stages=[stage.name for stage in self.recipe.search],
+            recipe=self.recipe.to_mapping(),
+            directory=str(self.directory.path.resolve()),
         )
 
     def seeds(self) -> list[Candidate]:
@@ -212,12 +230,22 @@ class _Search(StageJudge):
         return way(stage) == way(other)
 
     def open(self, stage: SearchStage, study: Study, winner: Candidate | None):
+        self._named(stage, study)
         evaluate = self.evaluation(stage, winner)
+        made = fingerprint(evaluate.made)
+        if study.notes.get("fingerprint", made) != made:
+            raise UserError(
+                f"{study.name} in {self.storage.place} was judged with other models or data: "
+                "restore them, take another name for the search, or start over with --fresh"
+            )
+        study.note("fingerprint", made)
         folder = self._folder(stage)
-        if folder.is_relative_to(self.directory.path):
-            folder = folder.relative_to(self.directory.path)
-        self._supernets[stage.name] = [str(folder), fingerprint(evaluate.made)]
+        here = self.directory.path.resolve()
+        if folder is not None and folder.is_relative_to(here):
+            folder = folder.relative_to(here)
+        self._supernets[stage.name] = [folder and str(folder), made]
         self.head.note(supernets=self._supernets)
+        self.directory.phase(_BEGUN, dict)  # from now on other options are refused
         study.note("open", True)
         self._records = [r for r in study.candidates() if not r["inherited"]]
         self._started = time.monotonic(), study.counts()["settled"]
@@ -229,13 +257,26 @@ class _Search(StageJudge):
         return evaluate
 
     def close(self, stage: SearchStage, study: Study) -> None:
-        if study.notes.get("open"):
-            study.note("open", False)
+        self._named(stage, study)
         counts = study.counts()
+        if study.notes.get("open"):
+            if counts["settled"] < stage.trials and self.enough(stage):
+                study.note("ended", [stage.trials, self.recipe.minutes])
+            study.note("open", False)
         self.progress(stage.name, stage.trials, stage.trials, f"{counts['finished']} judged")
 
     def enough(self, stage: SearchStage) -> bool:
         return stage.name in self.ends and time.monotonic() > self.ends[stage.name]
+
+    def ended(self, stage: SearchStage, study: Study) -> bool:
+        return study.notes.get("ended") == [stage.trials, self.recipe.minutes]
+
+    def basis(self, stage: SearchStage, winner: Candidate | None) -> list[str] | None:
+        """The functions that the stage's supernet was trained with, if a winner brought them."""
+        if stage.supernet:
+            functions = winner and [str(gene.expr) for gene in winner.genes]
+            self._functions[stage.name] = functions
+        return self._functions.get(self._trained_for(stage))
 
     def tell(self, stage: str, record: dict[str, Any], done: int, total: int) -> None:
         """Shows what a stage has found so far."""
@@ -249,48 +290,48 @@ class _Search(StageJudge):
     def evaluation(self, stage: SearchStage, winner: Candidate | None):
         """What judges a stage's candidates; trains the supernet first, if the stage says so."""
         if stage.supernet:
-            self.directory.phase(f"supernet {stage.name}", lambda: self._train(stage, winner))
+            name = f"supernet {self._titles.get(stage.name, stage.name)}"
+            self.directory.phase(name, lambda: self._train(stage, winner))
         folder, work = self._folder(stage), self.directory.work
         return evaluation(self.recipe, stage, folder, work, self.device, self.progress)
 
     # -- supernets
+
+    def _named(self, stage: SearchStage, study: Study) -> None:
+        self._titles[stage.name] = study.name.removeprefix(f"{self.recipe.name}.")
 
     def _trained_for(self, stage: SearchStage) -> str | None:
         """The last stage until this one for which a supernet was trained."""
         until = self.recipe.search[: self.recipe.search.index(stage) + 1]
         return next((before.name for before in reversed(until) if before.supernet), None)
 
-    def _folder(self, stage: SearchStage) -> Path:
-        """Where the supernet lies that a stage uses."""
+    def _folder(self, stage: SearchStage) -> Path | None:
+        """Where the supernet lies that a stage uses; None: it is made as the recipe says."""
         trained = self._trained_for(stage)
         if trained is None:
-            return Path(self.recipe.distil.models[SUPERNET].load)
-        return self.directory.path / "supernets" / trained / "student"
+            load = self.recipe.distil.models[SUPERNET].load
+            return None if load is None else locate(load, SUPERNET)[0]
+        return self._supernet(trained) / "student"
+
+    def _supernet(self, trained: str) -> Path:
+        """The directory of the run that trains it for the stage of that name."""
+        return self.directory.path.resolve() / "supernets" / self._titles.get(trained, trained)
 
     def _train(self, stage: SearchStage, winner: Candidate | None) -> dict[str, Any]:
         """Runs the stage's distillation of the supernet; resumes an interrupted one."""
-        place = self.recipe.search.index(stage)
-        folder = self.directory.path / "supernets"
-        source = None
-        if place and self._trained_for(self.recipe.search[place - 1]):
-            before = self._folder(self.recipe.search[place - 1])
-            source = folder / f"{stage.name}-start"
+        folder = self._supernet(stage.name)
+        before = source = None
+        if winner is not None:
+            before = self._folder(self.recipe.search[self.recipe.search.index(stage) - 1])
+        if before is not None:
+            source = folder.with_name(f"{folder.name}-start")
             if not source.exists():
-                self._with_functions(before, winner, source)
+                with_functions(before, winner, self.layers, source)
         recipe = distillation(self.recipe, stage.supernet, source)
-        report = distillation_engine.run(recipe, folder / stage.name, progress=self.progress)
+        report = distillation_engine.run(recipe, folder, progress=self.progress)
         if source is not None:
             shutil.rmtree(source)
         return {"seconds": sum(each["seconds"] for each in report["stages"].values())}
-
-    def _with_functions(self, before: Path, winner: Candidate, folder: Path) -> None:
-        """A copy of a supernet with the winner's genes: it trains their functions."""
-        with atomic_directory(folder) as made:
-            shutil.copytree(before, made, dirs_exist_ok=True)
-            config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-            for layer, text in zip(self.layers, winner.texts, strict=True):
-                config["genes"][layer] = text
-            (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     # -- the beginning and the end
 
@@ -299,11 +340,14 @@ class _Search(StageJudge):
         checked when it is run for the first time."""
 
         def begin() -> dict[str, Any]:
-            _check_loaded(self.recipe.distil.models[SUPERNET].load)
-            made = prepare(self.recipe.distil, self.progress)
+            check_loaded(self.recipe.distil.models[SUPERNET].load)
+            every = [stage.name for stage in self.recipe.distil.stages]
+            made = prepare(distillation(self.recipe, every), self.progress)
             supernet = made.models[SUPERNET].base_model
-            values = _completed(self.recipe.space, supernet)
+            values = completed(self.recipe.space, supernet)
             space = Space.from_dict(values)
+            check_size(space, supernet.config)
+            check_stages(self.recipe, made, self.directory.work)
             if space.latency != Space.latency or self._wants_latency():
                 table = measure(
                     space,
@@ -311,11 +355,7 @@ class _Search(StageJudge):
                     progress=lambda done, total: self.progress("latency", done, total, ""),
                 )
                 space = Space.from_dict(values | {"table": table.to_dict()})
-            check_fits(space, supernet.config.supernet)
-            _check_size(space, supernet.config)
-            space.smallest()
-            for genes in self.recipe.seeds or ():
-                space.candidate(genes)
+            check_members(space, self.recipe)
             return {"space": space.to_dict(), "config": supernet.config.to_dict()}
 
         kept = self.directory.phase("space", begin)
@@ -326,16 +366,21 @@ class _Search(StageJudge):
 
     def report(self) -> dict[str, Any]:
         """Of the finished search; writes the winner's files."""
-        found = show.collect(self.place, self.recipe.name)
+        found = show.collect(self.storage, self.recipe.name)
         for stage, said in zip(self.recipe.search, found["stages"], strict=True):
             score = self.recipe.to_mapping()["search"][self.recipe.search.index(stage)]["score"]
-            said |= {"score": score, "supernet": str(self._folder(stage))}
+            folder = self._folder(stage)
+            said |= {"score": score, "supernet": folder and str(folder)}
         found["supernet"] = found["stages"][-1]["supernet"]
         found["space"] = self.space.to_dict()
         found["seconds"] = round(sum(self.directory.seconds().values()) + found["seconds"], 1)
         found["machine"] = distillation_engine.device_name(self.device)
         found["versions"] = distillation_engine.versions(("optuna", "scikit-learn"))
-        export.export(found, self.directory.path, self.config, self.recipe.distil)
+        trained = {name for stage in self.recipe.search for name in (*stage.supernet, *stage.train)}
+        distil = self.recipe.distil  # without what only scores
+        stages = tuple(stage for stage in distil.stages if stage.name in trained)
+        distil = dataclasses.replace(distil, stages=stages or distil.stages)
+        export.export(found, self.directory.path, self.config, distil)
         return found
 
 
@@ -345,44 +390,3 @@ def _read(recipe: SearchRecipe | str | Path, overrides: Sequence[str]) -> Search
     if overrides:
         raise UserError("overrides are for recipes that are read: change the SearchRecipe instead")
     return recipe
-
-
-def _options(recipe: SearchRecipe, storage: str | None) -> dict[str, Any]:
-    """What decides the result; more trials and time may be given when a search is resumed."""
-    values = recipe.to_mapping()
-    del values["minutes"]
-    for stage in values["search"]:
-        del stage["trials"]
-    return distillation_engine.flat(values) | {"storage": storage}
-
-
-def _check_loaded(load: str | None) -> None:
-    """Raises a UserError where the model that is loaded as the supernet is none."""
-    if load is None:
-        return
-    config = locate(load, SUPERNET)[0] / "config.json"
-    if not config.is_file() or not json.loads(config.read_text(encoding="utf-8")).get("supernet"):
-        raise UserError(
-            f"models.supernet.load: {load} is no supernet: give the folder of one, such as "
-            "supernets/coarse/student of a search"
-        )
-
-
-def _completed(values: Mapping[str, Any], supernet: nn.Module) -> dict[str, Any]:
-    """The space's values with what the supernet says."""
-    config = supernet.config
-    base = {"hidden_size": config.hidden_size, "base": config.ffn_base}
-    base |= {"num_layers": config.num_hidden_layers} | dict(values)
-    params, macs = rest_of(supernet, base["num_layers"])
-    return {"rest_params": params, "rest_macs": macs} | base
-
-
-def _check_size(space: Space, config: Any) -> None:
-    """Raises a UserError where a space is not one of the supernet's."""
-    for name, theirs in (("hidden_size", config.hidden_size), ("base", config.ffn_base)):
-        if getattr(space, name) != theirs:
-            raise UserError(f"space.{name} is {getattr(space, name)}, the supernet's is {theirs}")
-    if space.num_layers > config.num_hidden_layers:
-        raise UserError(
-            f"space.num_layers is {space.num_layers}, the supernet has {config.num_hidden_layers}"
-        )

@@ -79,7 +79,7 @@ def scored_data(recipe: SearchRecipe, stage: SearchStage) -> str:
 def evaluation(
     recipe: SearchRecipe,
     stage: SearchStage,
-    supernet: Path,
+    supernet: Path | None,
     work: Path,
     device: torch.device,
     progress: Progress | None = None,
@@ -87,27 +87,56 @@ def evaluation(
     """What judges the candidates of a search stage.
 
     Args:
-        supernet: folder of its weights.
+        supernet: folder of its weights; None: it is as the recipe says.
         work: where caches of teachers' outputs are, or come to be.
 
     Raises:
         UserError: models, data and losses that do not fit, or a score that nothing is trained for.
     """
-    names = {*stage.train, *([stage.score.stage] if stage.score.stage else [])}
-    if not names:  # the supernet's own training says what head and data it has
-        until = recipe.search[: recipe.search.index(stage) + 1]
-        names = {*next((before.supernet for before in reversed(until) if before.supernet), ())}
-    if not names:
-        names = {each.name for each in recipe.distil.stages if each.data == stage.score.data}
-    if not names:
-        raise UserError(
-            f"search.{stage.name}: no distillation stage has the data {stage.score.data}, so the "
-            "supernet has no head for it: give one"
-        )
+    names = used(recipe, stage)
     made = prepare(distillation(recipe, names, supernet), progress or (lambda *_: None))
     for model in made.models.values():
         model.to(device).eval().requires_grad_(False)
     return (Trained if stage.train else OneShot)(made, stage, work, device, progress)
+
+
+def used(recipe: SearchRecipe, stage: SearchStage) -> set[str]:
+    """Names of the distillation stages whose models, data and losses a search stage needs.
+
+    Raises:
+        UserError: none of them has the data that the stage is scored on.
+    """
+    names = {*stage.train, *([stage.score.stage] if stage.score.stage else [])}
+    if not names:  # the supernet's own training says what head and data it has
+        until = recipe.search[: recipe.search.index(stage) + 1]
+        names = {*next((before.supernet for before in reversed(until) if before.supernet), ())}
+    on = {each.name for each in recipe.distil.stages if each.data == scored_data(recipe, stage)}
+    names = names or on
+    if not names & on:
+        raise UserError(
+            f"search.{stage.name}.score: nothing that the stage trains or trained the supernet for "
+            f"it has the data {stage.score.data}, so the model has no head for them: name other "
+            "data, or train on these"
+        )
+    return names
+
+
+def check_score(stage: SearchStage, module: StageModule) -> None:
+    """Refuses a loss that nothing prepares candidates for.
+
+    Args:
+        module: of the distillation stage that scores.
+
+    Raises:
+        UserError: it has projections that are random.
+    """
+    score = stage.score.stage
+    trained = stage.train and stage.train[-1] == score
+    if not trained and any(True for _ in module.terms.parameters()):
+        raise UserError(
+            f"search.{stage.name}: the losses of {score} project hidden states, and nothing trains "
+            "the projections: score by relations, logits or a metric"
+        )
 
 
 def fingerprint(made: Prepared) -> str:
@@ -138,12 +167,7 @@ class _Evaluation:
             _, scored = self.stages[score.stage]
             self._scored = scored
             module = self.module(scored, self.supernet)
-            trained = stage.train and stage.train[-1] == score.stage
-            if not trained and any(True for _ in module.terms.parameters()):
-                raise UserError(
-                    f"search.{stage.name}: the losses of {score.stage} project hidden states, and "
-                    "nothing trains the projections: score by relations, logits or a metric"
-                )
+            check_score(stage, module)
             data = made.data[scored.data]
             held = dataclasses.replace(data, train=data.held_out)
             taught = self.taught(scored, module, held.train, "held-out")
@@ -158,7 +182,7 @@ class _Evaluation:
         (name,) = stage.student
         own, self.made.models[name] = self.made.models[name], model
         try:
-            alone = dataclasses.replace(stage, subnetworks=None)
+            alone = dataclasses.replace(stage, subnetworks=None, depths=())
             return self.made.module(alone, number).to(self.device)
         finally:
             self.made.models[name] = own

@@ -8,6 +8,7 @@ A metric of the task, or minus a distillation loss, which needs no labels (AutoD
 stays for the report.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fastffn.distill.preparation import HELD_OUT, Data
 from fastffn.distill.stage_module import StageModule
 from fastffn.distill.teaching import Taught
 from fastffn.distill.terms import counts
-from fastffn.evaluate.tasks import evaluate
+from fastffn.evaluate.tasks import NotFinite, evaluate
 
 _BATCH = 64
 Around = Callable[[int], AbstractContextManager]
@@ -42,14 +43,17 @@ class TaskScore:
         self.data, self.metric = data, metric
 
     def __call__(self, model: nn.Module, around: Around = nothing) -> float:
-        """The metric of a model with the task's head.
+        """The metric of a model with the task's head; NaN where its outputs are not finite.
 
         Args:
             around: gives a context for the forward of the batch of a number; the same number is the
                 same batch for every model.
         """
         numbered = _Numbered(model, around)
-        found = evaluate(numbered, self.data.held_out, self.data.task, HELD_OUT, _BATCH)
+        try:
+            found = evaluate(numbered, self.data.held_out, self.data.task, HELD_OUT, _BATCH)
+        except NotFinite:
+            return math.nan
         return found[self.metric]
 
 

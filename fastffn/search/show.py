@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..figures import amount
 from ..progress import duration
 from . import merit, pictures
-from .storage import FILE, Storage
+from .storage import AGAIN, FILE, Storage
 from .study import Study
 
 REPORT, PICTURES = "report.json", "pictures"  # in a run directory
@@ -32,11 +32,12 @@ _ROWS = 12  # of a table of candidates
 # -- the report ----------------------------------------------------------------------------------
 
 
-def collect(place: str | Path, name: str | None = None) -> dict[str, Any]:
+def collect(place: str | Path | Storage, name: str | None = None) -> dict[str, Any]:
     """The report of a search, finished or under way.
 
     Args:
-        place: its run directory, or the URL of its database.
+        place: its run directory, or the URL of its database; a `Storage`: what is there, without a
+            look at an older report.json.
         name: of the search in the database, whose stages are the studies called name.stage; None:
             the latest one there.
 
@@ -50,6 +51,8 @@ def collect(place: str | Path, name: str | None = None) -> dict[str, Any]:
         UserError: there is no search, or its report cannot be read.
     """
     known = None
+    if isinstance(place, Storage):
+        return _collect(place, name)
     if "://" not in str(place) and (Path(place) / REPORT).exists():
         known = _read(Path(place) / REPORT)
         if not (Path(place) / FILE).exists():
@@ -69,7 +72,8 @@ def _collect(storage: Storage, name: str | None) -> dict[str, Any]:
         raise UserError(f"no search in {storage.place} yet")
     name = name or names[-1].partition(".")[0]
     names = [study for study in names if study.startswith(f"{name}.")] or [name]
-    studies = {study.removeprefix(f"{name}."): Study.load(storage, study) for study in names}
+    latest = {study.removeprefix(f"{name}.").partition(AGAIN)[0]: study for study in names}
+    studies = {stage: Study.load(storage, study) for stage, study in latest.items()}
     stages, candidates, last = [], [], None
     for stage, study in studies.items():
         records = study.candidates()

@@ -19,6 +19,7 @@ from .claims import Claims, DatabaseClaims, MemoryClaims
 
 FILE = "search.sqlite3"
 NOTE = "fastffn.note."  # attributes of a study that start so are its notes
+AGAIN = "~"  # in a study's name: search.fine~2 is the stage search.fine, begun a second time
 
 GRACE = 3  # heartbeats that may stay away before a worker counts as dead
 _HEARTBEAT_HERE, _HEARTBEAT_ELSEWHERE = 10, 60  # seconds between two: directory, URL

@@ -30,7 +30,7 @@ from .storage import NOTE, Storage, import_optuna, quiet
 Progress = Callable[[dict[str, Any], int, int], None]
 
 # attributes of the study
-_SPACE, _OBJECTIVES, PLAN = "fastffn.space", "fastffn.objectives", "fastffn.plan"
+SPACE, _OBJECTIVES, PLAN = "fastffn.space", "fastffn.objectives", "fastffn.plan"
 _REPEATS = 300  # proposals in a row that are all known before the space counts as exhausted
 _POLL = (0.05, 1.0)  # seconds between two looks at what others do: first, and at most
 
@@ -113,12 +113,12 @@ class Study:
         if not isinstance(storage, Storage):
             storage = Storage(storage, heartbeat, create=False)
         attributes = storage.attributes(name)
-        if _SPACE not in attributes:
+        if SPACE not in attributes:
             raise UserError(f"study {name} was not made by fastffn")
         plan = attributes.get(PLAN, {})
         settings = {key: plan[key] for key in ("seed", "reduction") if key in plan}
         settings["objectives"] = attributes[_OBJECTIVES]
-        return Study(Space.from_dict(attributes[_SPACE]), evaluate, storage, name, **settings)
+        return Study(Space.from_dict(attributes[SPACE]), evaluate, storage, name, **settings)
 
     # -- running
 
@@ -367,13 +367,13 @@ class Study:
 
     def _same_study(self) -> None:
         found = self._storage.attributes(self.name)
-        ours, theirs = json.loads(json.dumps(self.space.to_dict())), found.get(_SPACE)
+        ours, theirs = json.loads(json.dumps(self.space.to_dict())), found.get(SPACE)
         objectives = list(self.objectives)
         if theirs is None:
             if self._study.get_trials(deepcopy=False):
                 raise UserError(f"study {self.name} was not made by fastffn: take another name")
             self._study.set_user_attr(_OBJECTIVES, objectives)
-            self._study.set_user_attr(_SPACE, ours)
+            self._study.set_user_attr(SPACE, ours)
             return
         differing = [
             f"{key} {_short(theirs.get(key))} there, {_short(ours.get(key))} here"

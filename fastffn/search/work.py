@@ -14,7 +14,7 @@ from typing import Any
 
 from .judging import Evaluate
 from .space import Space
-from .storage import Storage
+from .storage import AGAIN, Storage
 from .study import PLAN, Progress, Study
 
 Evaluators = Callable[[str, Mapping[str, Any], Space], Evaluate]
@@ -52,15 +52,15 @@ def work(
     studies: dict[str, Study] = {}
     judged = 0
     while not (head := place.notes(name)).get("finished"):
-        stage = _open_stage(place, name, head)
+        stage, title = _open_stage(place, name, head)
         if stage is None:
             time.sleep(wait)
             continue
-        if stage not in studies:
-            study = Study.load(place, f"{name}.{stage}")
+        if title not in studies:
+            study = Study.load(place, title)
             study.evaluate = evaluators(stage, head, study.space)
-            studies[stage] = study
-        study = studies[stage]
+            studies[title] = study
+        study = studies[title]
         tell: Progress | None = progress and partial(progress, stage)
         found = study.join(tell, stop=lambda study=study: not study.notes.get("open"))
         judged += found
@@ -69,11 +69,13 @@ def work(
     return judged
 
 
-def _open_stage(place: Storage, name: str, head: Mapping[str, Any]) -> str | None:
-    """The first stage that is open and has a plan."""
-    begun = set(place.names())
+def _open_stage(
+    place: Storage, name: str, head: Mapping[str, Any]
+) -> tuple[str, str] | tuple[None, None]:
+    """The first stage that is open and has a plan, and the name of its study."""
+    latest = {study.partition(AGAIN)[0]: study for study in place.names()}
     for stage in head.get("stages", ()):
-        study = f"{name}.{stage}"
-        if study in begun and place.notes(study).get("open") and PLAN in place.attributes(study):
-            return stage
-    return None
+        study = latest.get(f"{name}.{stage}")
+        if study and place.notes(study).get("open") and PLAN in place.attributes(study):
+            return stage, study
+    return None, None

@@ -58,8 +58,8 @@ def run(
         recipe = SearchRecipe.from_mapping(head["recipe"], overrides)
         folder = Path(out or head["directory"])
         where, theirs = head["supernets"][stage]
-        place = Path(where) if Path(where).is_absolute() else folder / where
-        if not place.is_dir():
+        place = where and folder / where  # an absolute path stays as it is
+        if place and not place.is_dir():
             raise UserError(
                 f"the supernet {place} is not on this machine: give the search's run directory, as "
                 "it is seen here, with --out"

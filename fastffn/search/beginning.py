@@ -1,0 +1,109 @@
+"""What a search begins with: its options, checks while nothing is trained yet, its supernets.
+
+What a recipe's file alone can know, `recipe_checks` has refused before; here models and data are
+there.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastffn.distill.engine import flat
+from fastffn.distill.preparation import Prepared
+from fastffn.distill.processes import Processes
+from fastffn.distill.stages import StageRun
+from fastffn.distill.teacher import locate
+from fastffn.errors import UserError
+from fastffn.rundir import atomic_directory
+from fastffn.search.evaluation import check_score, rest_of, used
+from fastffn.search.recipe import SUPERNET, SearchRecipe
+from fastffn.search.recipe_checks import check_fits
+from fastffn.search.space import Candidate, Space
+
+
+def options(recipe: SearchRecipe, storage: str | None) -> dict[str, Any]:
+    """What decides the result; more trials and time may be given when a search is resumed."""
+    values = recipe.to_mapping()
+    del values["minutes"]
+    for stage in values["search"]:
+        del stage["trials"]
+    return flat(values) | {"storage": storage}
+
+
+def check_loaded(load: str | None) -> None:
+    """Raises a UserError where the model that is loaded as the supernet is none."""
+    if load is None:
+        return
+    config = locate(load, SUPERNET)[0] / "config.json"
+    if not config.is_file() or not json.loads(config.read_text(encoding="utf-8")).get("supernet"):
+        raise UserError(
+            f"models.supernet.load: {load} is no supernet: give the folder of one, such as "
+            "supernets/coarse/student of a search"
+        )
+
+
+def completed(values: Mapping[str, Any], supernet: nn.Module) -> dict[str, Any]:
+    """The space's values with what the supernet says."""
+    config = supernet.config
+    base = {"hidden_size": config.hidden_size, "base": config.ffn_base}
+    base |= {"num_layers": config.num_hidden_layers} | dict(values)
+    params, macs = rest_of(supernet, base["num_layers"])
+    return {"rest_params": params, "rest_macs": macs} | base
+
+
+def check_size(space: Space, config: Any) -> None:
+    """Raises a UserError where a space is not one of the supernet's, whose configuration it is."""
+    check_fits(space, config.supernet)
+    for name, theirs in (("hidden_size", config.hidden_size), ("base", config.ffn_base)):
+        if getattr(space, name) != theirs:
+            raise UserError(f"space.{name} is {getattr(space, name)}, the supernet's is {theirs}")
+    if space.num_layers > config.num_hidden_layers:
+        raise UserError(
+            f"space.num_layers is {space.num_layers}, the supernet has {config.num_hidden_layers}"
+        )
+
+
+def check_members(space: Space, recipe: SearchRecipe) -> None:
+    """Raises a UserError where a space has no member, or one of the recipe's seeds is none."""
+    space.smallest()
+    for number, genes in enumerate(recipe.seeds or ()):
+        try:
+            space.candidate(genes)
+        except UserError as error:
+            raise UserError(f"seeds[{number}]: {error}") from None
+
+
+def check_stages(recipe: SearchRecipe, made: Prepared, nowhere: Path) -> None:
+    """Raises a UserError for the first stage, of distillation or of the search, that cannot run.
+
+    Args:
+        made: with all stages of the distillation.
+        nowhere: a folder; nothing is written there.
+    """
+    for number, stage in enumerate(made.recipe.enabled):
+        StageRun(made, stage, number, nowhere, nowhere, Processes(), {}).check()
+    numbers = {stage.name: number for number, stage in enumerate(made.recipe.enabled)}
+    for stage in recipe.search:
+        used(recipe, stage)
+        if stage.score.metric == "loss":
+            number = numbers[stage.score.stage]
+            check_score(stage, made.module(made.recipe.enabled[number], number))
+
+
+def with_functions(before: Path, winner: Candidate, layers: Sequence[int], folder: Path) -> None:
+    """Makes a copy of a supernet with the winner's genes: it trains their functions.
+
+    Args:
+        before: the supernet's folder.
+        layers: those of its layers that candidates have.
+    """
+    with atomic_directory(folder) as made:
+        shutil.copytree(before, made, dirs_exist_ok=True)
+        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+        for layer, text in zip(layers, winner.texts, strict=True):
+            config["genes"][layer] = text
+        (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
