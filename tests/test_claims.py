@@ -224,3 +224,19 @@ def test_a_table_of_another_version_is_refused(tmp_path):
         database.execute("alter table fastffn_claims drop column taken")
     with pytest.raises(UserError, match="another version of fastffn: take a new one"):
         Storage(tmp_path)
+
+
+def test_a_worker_of_this_machine_is_seen_at_work_stopped_and_gone():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        owner = liveness._signature(process.pid)
+        assert liveness.is_running(owner) and not liveness.is_dead(owner)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert not liveness.is_running(owner) and not liveness.is_dead(owner)
+    finally:
+        process.kill()
+        process.wait()
+    assert not liveness.is_running(owner) and liveness.is_dead(owner)
+    elsewhere = " ".join(["host", *owner.split(" ")[1:3], "another-boot/pid:[1]"])
+    assert not liveness.is_running(elsewhere) and not liveness.is_dead(elsewhere)

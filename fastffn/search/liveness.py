@@ -25,6 +25,12 @@ def is_dead(owner: str) -> bool:
     return bool(_machine()) and machine == _machine() and _start(int(pid)) != start
 
 
+def is_running(owner: str) -> bool:
+    """Whether the process that signed so runs on this machine; False where it is stopped, too."""
+    _, pid, start, machine = owner.split(" ")
+    return bool(_machine()) and machine == _machine() and _start(int(pid), but="Tt") == start
+
+
 def worker(owner: str) -> str:
     """host:pid, for people."""
     return ":".join(owner.split(" ")[:2])
@@ -45,11 +51,12 @@ def _machine() -> str:
         return ""
 
 
-def _start(pid: int) -> str:
-    """Start time of a process in ticks since the boot; "" if there is none, or only its remains."""
+def _start(pid: int, but: str = "") -> str:
+    """Start time of a process in ticks since the boot; "" if there is none, or only its remains, or
+    its state is one of `but`."""
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except OSError:
         return ""
     state, *rest = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return "" if state in "ZX" else rest[18]
+    return "" if state in "ZX" + but else rest[18]

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from . import liveness
 from .claims import Claims, DatabaseClaims, MemoryClaims
+from .ledger import OWNER
 
 FILE = "search.sqlite3"
 NOTE = "fastffn.note."  # attributes of a study that start so are its notes
@@ -199,12 +201,18 @@ class _SQLite(sqlite3.Connection):
 
 def _patient(optuna):
     """Optuna's storage for databases, where a sign of life that fails is missed, not fatal: the
-    thread that gives them would end with the first error, and a healthy worker be given up."""
+    thread that gives them would end with the first error, and a healthy worker be given up. Nor is
+    a worker given up that this machine shows at work: a busy one is late with its signs."""
 
     class PatientStorage(optuna.storages.RDBStorage):
         def record_heartbeat(self, trial_id: int) -> None:
             with contextlib.suppress(optuna.exceptions.StorageInternalError):
                 super().record_heartbeat(trial_id)
+
+        def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+            stale = super()._get_stale_trial_ids(study_id)
+            owners = {number: self.get_trial(number).user_attrs.get(OWNER) for number in stale}
+            return [n for n, owner in owners.items() if not (owner and liveness.is_running(owner))]
 
     return PatientStorage
 
