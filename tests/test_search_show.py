@@ -4,6 +4,7 @@ import io
 import json
 import math
 import time
+from datetime import datetime, timedelta
 
 import pytest
 from search_report_example import example
@@ -153,3 +154,18 @@ def test_status_says_best_front_and_speed_of_this_run():
 
 def test_status_before_anything_is_known():
     assert show.status([], ("quality",), 0, 100, time.monotonic()) == "0 of 100 judged"
+
+
+def test_the_seconds_of_a_stage_leave_out_pauses_and_count_workers_once():
+    def at(seconds):
+        return datetime(2026, 1, 1) + timedelta(seconds=seconds)
+
+    spans = [
+        (at(0), at(10)),
+        (at(5), at(12)),
+        (at(6), at(8)),
+        (at(100), at(101)),
+        (at(101), at(101)),
+    ]
+    assert show._covered(spans) == show._covered(spans[::-1]) == 13
+    assert show._covered([]) == 0

@@ -15,6 +15,7 @@ rungs, genes and costs are user attributes.
 import json
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _stage(name: str, study: Study, storage: Storage, records: Sequence[Mapping]) -> dict[str, Any]:
-    """What the report says of a stage; seconds from its first candidate to its last."""
+    """What the report says of a stage; its seconds are those in which somebody judged."""
     counts, plan = study.counts(), study.plan or {}
     number = storage.backend.get_study_id_from_name(study.name)
     trials = storage.backend.get_all_trials(number, deepcopy=False)
-    starts = [trial.datetime_start for trial in trials if trial.datetime_start]
-    ends = [trial.datetime_complete for trial in trials if trial.datetime_complete]
-    # An inherited candidate is finished when it starts.
-    seconds = (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0
-    seconds = max(seconds, 0.0)
+    times = ((trial.datetime_start, trial.datetime_complete) for trial in trials)
+    seconds = _covered([(start, end) for start, end in times if start and end])
     space = study.space
     return {
         "name": name,
@@ -134,6 +132,17 @@ def _stage(name: str, study: Study, storage: Storage, records: Sequence[Mapping]
         "freeze": "functions" if space.functions else "shapes" if space.shapes else None,
         "proposals": plan.get("propose"),
     }
+
+
+def _covered(spans: Sequence[tuple[datetime, datetime]]) -> float:
+    """Seconds that lie in at least one of the spans: workers overlap, and interruptions are gaps."""
+    seconds, until = 0.0, datetime.min
+    for start, end in sorted(spans):
+        start = max(start, until)
+        if end > start:
+            seconds += (end - start).total_seconds()
+            until = end
+    return seconds
 
 
 # -- on a terminal -------------------------------------------------------------------------------
