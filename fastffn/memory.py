@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process while it trains on a CPU.
+"""Memory of a process: how much is free, and keeping what it freed while it trains on a CPU.
 
 A training step frees and allocates the same few hundred megabytes again and again. By default
 glibc returns large blocks to the system at once, which hands them out again page by page, zeroed:
@@ -7,11 +7,27 @@ glibc returns large blocks to the system at once, which hands them out again pag
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a device has left; of a CPU the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * int(
+            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
+        )
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @contextlib.contextmanager

@@ -236,6 +236,8 @@ def test_a_device_or_a_model_that_does_not_fit_is_refused():
         measure(members, Target(device="gpu"))
     with pytest.raises(UserError, match="the model has 2 layers of width 48, the space 3 of 48"):
         measure(members, model=supernet(layers=2))
+    with pytest.raises(UserError, match="the model has 4 layers of width 48, the space 3 of 48"):
+        measure(members, model=extract(supernet(layers=4)))
     with pytest.raises(UserError, match="length 500 is more than the model's 128 positions"):
         measure(members, Target(length=500), supernet())
     with pytest.raises(UserError, match="Linear is no EfficientBert model"):

@@ -327,6 +327,12 @@ MISTAKES = {  # what is wrong: text, its replacement, the line that is named, wh
     "questions": ("task: mrpc", "task: squad", "{data: task, ", "task of questions"),
     "loss of an unknown stage": ("{stage: warmup}", "{stage: warm}", "{stage: warm}", "did you me"),
     "rows": ("rows: 100", "rows: 0", "rows: 0", "search.coarse.score.rows 0 is not positive"),
+    "rows of two numbers": (
+        "score: {stage: warmup}",
+        "score: {data: task, rows: 99}",
+        "score: {data: task, rows: 99}",
+        "rows is 99, and another stage holds out 100 of task",
+    ),
     "no time": ("minutes: 9", "minutes: 0", "minutes: 0", "minutes 0 is not positive"),
     "unknown key": ("minutes: 9", "minuts: 9", "minuts", "did you mean minutes?"),
     "a mistake of distillation": ("steps: 8", "stops: 8", "stops", "stages.proxy.stops is unknown"),
@@ -343,6 +349,14 @@ def test_a_mistake_is_one_line_with_its_place(what, written, tmp_path):
     if at is not None:
         place = f"{place}:{text[: text.index(at)].count(chr(10)) + 1}"
     assert message.startswith(f"{place}: ")
+
+
+def test_rows_that_judge_are_not_trained_on_under_another_name(written):
+    text = TEXT.replace("    task: mrpc\n", "    task: mrpc\n  again: {task: mrpc, limit: 50}\n")
+    text = text.replace("    data: task\n    losses: {soft", "    data: again\n    losses: {soft")
+    with pytest.raises(UserError, match="holds out rows of task, which again has too: train on"):
+        written(text=text)
+    written(text=text.replace("again: {task: mrpc", "again: {task: rte"))
 
 
 # -- the shipped ones ----------------------------------------------------------------------------

@@ -160,12 +160,7 @@ def test_the_seconds_of_a_stage_leave_out_pauses_and_count_workers_once():
     def at(seconds):
         return datetime(2026, 1, 1) + timedelta(seconds=seconds)
 
-    spans = [
-        (at(0), at(10)),
-        (at(5), at(12)),
-        (at(6), at(8)),
-        (at(100), at(101)),
-        (at(101), at(101)),
-    ]
+    seconds = [(0, 10), (5, 12), (6, 8), (100, 101), (101, 101)]
+    spans = [(at(start), at(end)) for start, end in seconds]
     assert show._covered(spans) == show._covered(spans[::-1]) == 13
     assert show._covered([]) == 0

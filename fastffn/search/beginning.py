@@ -20,9 +20,11 @@ from fastffn.distill.teacher import locate
 from fastffn.errors import UserError
 from fastffn.rundir import atomic_directory
 from fastffn.search.evaluation import check_score, rest_of, used
+from fastffn.search.proposals import proposal
 from fastffn.search.recipe import SUPERNET, SearchRecipe
 from fastffn.search.recipe_checks import check_fits
-from fastffn.search.space import Candidate, Space
+from fastffn.search.space import Candidate, Space, frozen
+from fastffn.search.storage import import_optuna, without_password
 
 
 def options(recipe: SearchRecipe, storage: str | None) -> dict[str, Any]:
@@ -31,7 +33,17 @@ def options(recipe: SearchRecipe, storage: str | None) -> dict[str, Any]:
     del values["minutes"]
     for stage in values["search"]:
         del stage["trials"]
-    return flat(values) | {"storage": storage}
+    return flat(values) | {"storage": storage and without_password(storage)}
+
+
+def check_storage(storage: str | None) -> None:
+    """Raises a UserError where a database is no URL, or optuna is not installed."""
+    import_optuna()
+    if storage is not None and "://" not in storage:
+        raise UserError(
+            f"storage {storage} is no URL such as postgresql://user@host/name: for a file leave it "
+            "out, the run directory has one"
+        )
 
 
 def check_loaded(load: str | None) -> None:
@@ -77,10 +89,11 @@ def check_members(space: Space, recipe: SearchRecipe) -> None:
             raise UserError(f"seeds[{number}]: {error}") from None
 
 
-def check_stages(recipe: SearchRecipe, made: Prepared, nowhere: Path) -> None:
+def check_stages(recipe: SearchRecipe, space: Space, made: Prepared, nowhere: Path) -> None:
     """Raises a UserError for the first stage, of distillation or of the search, that cannot run.
 
     Args:
+        space: of the recipe; has members.
         made: with all stages of the distillation.
         nowhere: a folder; nothing is written there.
     """
@@ -89,6 +102,11 @@ def check_stages(recipe: SearchRecipe, made: Prepared, nowhere: Path) -> None:
     numbers = {stage.name: number for number, stage in enumerate(made.recipe.enabled)}
     for stage in recipe.search:
         used(recipe, stage)
+        here = space if stage.freeze is None else frozen(space, space.smallest(), stage.freeze)
+        try:
+            proposal(stage.proposals, here)
+        except UserError as error:
+            raise UserError(f"search.{stage.name}.proposals: {error}") from None
         if stage.score.metric == "loss":
             number = numbers[stage.score.stage]
             check_score(stage, made.module(made.recipe.enabled[number], number))

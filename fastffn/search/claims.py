@@ -62,6 +62,9 @@ class Claims(Protocol):
     def take(self, slot: int, attempt: int) -> bool:
         """Takes an attempt from the queue; False if it is taken or out of date."""
 
+    def remove(self) -> None:
+        """Forgets all of them."""
+
 
 class MemoryClaims:
     """Claims of a study that lives in memory."""
@@ -93,6 +96,10 @@ class MemoryClaims:
                 return False
             self._claims[claim.slot] = claim._replace(attempt=claim.attempt + 1, owner=owner)
             return True
+
+    def remove(self) -> None:
+        with self._lock:
+            self._claims.clear()
 
     def take(self, slot: int, attempt: int) -> bool:
         with self._lock:
@@ -153,6 +160,11 @@ class DatabaseClaims:
         unchanged = self._table.c.taken == claim.taken
         changes = {"attempt": claim.attempt + 1, "owner": owner}
         return self._update(claim.slot, claim.attempt, unchanged, changes)
+
+    def remove(self) -> None:
+        statement = self._table.delete().where(self._table.c.study == self._study)
+        with self._engine.begin() as connection:
+            connection.execute(statement)
 
     def take(self, slot: int, attempt: int) -> bool:
         return self._update(slot, attempt, self._table.c.taken < attempt, {"taken": attempt})

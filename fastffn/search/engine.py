@@ -44,6 +44,7 @@ from fastffn.search.beginning import (
     check_members,
     check_size,
     check_stages,
+    check_storage,
     completed,
     options,
     with_functions,
@@ -58,7 +59,7 @@ from fastffn.search.evaluation import (
 from fastffn.search.head import Head
 from fastffn.search.latency import measure
 from fastffn.search.recipe import SearchRecipe, SearchStage, read
-from fastffn.search.space import Candidate, Space
+from fastffn.search.space import ANY, Candidate, Space
 from fastffn.search.storage import Storage
 from fastffn.search.study import Study
 
@@ -67,6 +68,7 @@ Progress = Callable[[str, float, float, str], None]
 _CONTENTS = ("supernets", "search.sqlite3", "pictures", "recipe.yaml", "report.json")
 _CONTENTS += ("genes.yaml", "config.json", "student.yaml", "compare.json")
 _BEGUN = "candidates"  # the phase that is finished when the first candidate is judged
+_SHOWN = 3  # of differing options
 _SEEDS = 4  # plain candidates that are judged first
 
 
@@ -98,6 +100,7 @@ def run(
     recipe = _read(recipe, overrides)
     out = Path(out or Path("runs") / recipe.name)
     progress = progress or (lambda phase, done, total, text: None)
+    check_storage(storage)
     directory = RunDirectory(out, options(recipe, storage), fresh, _CONTENTS, ("space",))
     if directory.finished:
         done = directory.kept("trials")
@@ -109,7 +112,7 @@ def run(
     with freed_memory_kept():
         search = _Search(recipe, directory, storage, progress)
         write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
-        search.begin()
+        search.begin(fresh)
         coarse_to_fine(
             search.space,
             search,
@@ -203,11 +206,28 @@ class _Search(StageJudge):
         self._supernets: dict[str, list[str]] = {}
         self._titles: dict[str, str] = {}  # of stages, with how often they were begun
         self._functions: dict[str, list[str] | None] = {}  # that a stage trains a supernet with
-        self.head = Head(self.storage, recipe.name)
 
-    def begin(self) -> None:
-        """Lets workers know of the search."""
+    def begin(self, fresh: bool) -> None:
+        """Lets workers know of the search; `fresh` forgets another of its name before.
+
+        Raises:
+            UserError: the database has a search of this name with other options.
+        """
+        if fresh:
+            self.storage.remove(self.recipe.name)
+        self.head = Head(self.storage, self.recipe.name)
+        ours = options(self.recipe, None)
+        theirs = self.storage.notes(self.recipe.name).get("options", ours)
+        if differing := sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)):
+            changes = ", ".join(
+                f"{key} was {theirs.get(key)}, is {ours.get(key)}" for key in differing[:_SHOWN]
+            )
+            raise UserError(
+                f"{self.storage.place} holds a search called {self.recipe.name} with other options "
+                f"({changes}): give this one another name=..., or start over with --fresh"
+            )
         self.head.note(
+            options=ours,
             finished=False,
             stages=[stage.name for stage in self.recipe.search],
             recipe=self.recipe.to_mapping(),
@@ -347,15 +367,15 @@ class _Search(StageJudge):
             values = completed(self.recipe.space, supernet)
             space = Space.from_dict(values)
             check_size(space, supernet.config)
-            check_stages(self.recipe, made, self.directory.work)
-            if space.latency != Space.latency or self._wants_latency():
+            if space.table is None and (space.latency != ANY or self._wants_latency()):
                 table = measure(
                     space,
-                    model=supernet.to(space.target.device),
+                    model=supernet,
                     progress=lambda done, total: self.progress("latency", done, total, ""),
                 )
                 space = Space.from_dict(values | {"table": table.to_dict()})
             check_members(space, self.recipe)
+            check_stages(self.recipe, space, made, self.directory.work)
             return {"space": space.to_dict(), "config": supernet.config.to_dict()}
 
         kept = self.directory.phase("space", begin)

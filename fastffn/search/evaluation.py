@@ -7,7 +7,8 @@
 
 Whatever does not depend on the candidate is done once: data are token ids, the teacher's outputs
 come from a cache where the stage asks for one, all candidates see the same batches in the same
-order, draw the same dropout, and share the memory of what they do not train.
+order, and share the memory of what they do not train. On a GPU their functions are interpreted: to
+compile each would take longer than to judge it.
 
 Why not the engine's trainer: a candidate lives for seconds and is judged in between, so it needs
 neither checkpoints nor logs, and building a Trainer takes as long as its first steps.
@@ -36,11 +37,14 @@ from fastffn.distill.teaching import Taught, cached, runner
 from fastffn.errors import UserError
 from fastffn.evaluate.size import count
 from fastffn.expr import Cost, Gene, gene_cost
+from fastffn.memory import free_bytes
 from fastffn.models import extract
+from fastffn.ops import backend
 from fastffn.search.oneshot import SharedPrefixes
 from fastffn.search.recipe import SearchRecipe, SearchStage
 from fastffn.search.scoring import Around, LossScore, TaskScore, nothing
 
+_SHARE = 4  # part of the free memory that states of common layers may take: one in so many
 SUPERNET, CANDIDATE = "supernet", "candidate"
 Progress = Callable[[str, float, float, str], None]
 
@@ -208,17 +212,18 @@ class _Evaluation:
         """NaN where the weights are not finite."""
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
             return math.nan
-        with self.mixed():
+        with self.computing():
             if self.stage.score.metric != "loss":
                 return self._metric(model, around)
             return self._loss(module, around)
 
-    def mixed(self) -> contextlib.AbstractContextManager:
-        """The recipe's precision."""
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """In the recipe's precision, without compilation."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.made.recipe.precision)
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype)
+        mixed = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        with mixed, backend.interpreted():
+            yield
 
 
 class OneShot(_Evaluation):
@@ -229,7 +234,7 @@ class OneShot(_Evaluation):
         self._module = None
         if self.stage.score.metric == "loss":
             self._module = self.module(self._scored, self.supernet)
-        self._shared = SharedPrefixes(self.supernet)
+        self._shared = SharedPrefixes(self.supernet, free_bytes(self.device) // _SHARE)
 
     def __call__(self, genes: Sequence[Gene]) -> float:
         self.supernet.set_genes(genes, layers_for(genes, self.supernet))
@@ -316,7 +321,7 @@ class Trained(_Evaluation):
             batch.pop("index")
             batch = {name: value.to(self.device) for name, value in batch.items()}
             theirs = taught(batch, numbers) if taught else {}
-            with self.mixed():
+            with self.computing():
                 losses = module(batch, theirs, step)
             total = sum(weights[name] * value for name, value in losses.items())
             scaler.scale(total).backward()

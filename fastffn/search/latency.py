@@ -61,8 +61,9 @@ def measure(
     Args:
         target: where; None: `space.target`.
         model: an EfficientBert model or supernet of the space's depth and width, any head; what it
-            has besides its feed-forward networks is measured too. None: that counts as 0. It is
-            copied and stays as it is.
+            has besides its feed-forward networks is measured too. A supernet may be deeper: as many
+            layers count as candidates have. None: that counts as 0. It is copied and stays as it
+            is.
         progress: called after each round with their number and `rounds`.
         rounds, seconds: so many rounds, fewer where that takes longer (but not below five).
 
@@ -128,11 +129,12 @@ def _plain_model(space: "Space", target: Target, model: nn.Module) -> nn.Module:
     layers = getattr(getattr(getattr(model, "base_model", None), "encoder", None), "layer", ())
     if not layers or not all(hasattr(layer, "ffn") for layer in layers):
         raise UserError(f"latency: {type(model).__name__} is no EfficientBert model")
-    config = model.config
-    if (len(layers), config.hidden_size) != (space.num_layers, space.hidden_size):
+    config, depth = model.config, space.num_layers
+    fits = len(layers) == depth or (config.supernet is not None and len(layers) > depth)
+    if not fits or config.hidden_size != space.hidden_size:
         raise UserError(
             f"latency: the model has {len(layers)} layers of width {config.hidden_size}, the space "
-            f"{space.num_layers} of {space.hidden_size}: measure the model that is searched"
+            f"{depth} of {space.hidden_size}: measure the model that is searched"
         )
     if target.length > config.max_position_embeddings:
         raise UserError(
@@ -141,13 +143,14 @@ def _plain_model(space: "Space", target: Target, model: nn.Module) -> nn.Module:
         )
     if config.supernet is None:
         return copy.deepcopy(model)
+    from ..distill.subnetworks import kept_layers
     from ..models import extract  # needs transformers, as the model itself did
 
     shapes = [min(shapes, key=lambda s: shapes[s].macs) for shapes in space.costs]
     genes = [
         Gene(shape.stack, shape.ratio, assemble(plain(shape.gated)), space.base) for shape in shapes
     ]
-    return extract(model, genes)
+    return extract(model, genes, kept_layers(depth, len(layers)))
 
 
 def _timed(

@@ -18,7 +18,7 @@ from .proposals import described
 from .space import Space
 
 if TYPE_CHECKING:
-    from ..distill.recipe import ModelSpec, Recipe, Stage
+    from ..distill.recipe import DataSpec, ModelSpec, Recipe, Stage
     from .recipe import SearchStage
 
 _STUDENTS = ("supernet", "candidate")
@@ -69,6 +69,32 @@ def check(distil: "Recipe", space: Mapping[str, Any], search: Sequence["SearchSt
         _check_score(stage, distil, stages, (*path, "score"))
         _check_methods(stage, path)
     _check_used(stages, search)
+    _check_held_out(distil, stages, search)
+
+
+def _check_held_out(
+    distil: "Recipe", stages: Mapping[str, "Stage"], search: Sequence["SearchStage"]
+) -> None:
+    """Rows that judge are those of one name: under another they would be trained on."""
+    rows: dict[str, int] = {}
+    supernet: set[str] = set()  # data that have trained it so far
+    for stage in search:
+        name = stage.score.data or stages[stage.score.stage].data
+        at = ("search", stage.name, "score")
+        if rows.setdefault(name, stage.score.rows) != stage.score.rows:
+            said = f"is {stage.score.rows}, and another stage holds out {rows[name]} of {name}"
+            raise RecipeError((*at, "rows"), f"{said}: give the same, or the data another name")
+        supernet |= {stages[each].data for each in stage.supernet}
+        for other in sorted(supernet | {stages[each].data for each in stage.train}):
+            if other != name and _same_source(distil.data[name], distil.data[other]):
+                said = f"holds out rows of {name}, which {other} has too: train on {name}"
+                raise RecipeError(at, said)
+
+
+def _same_source(one: "DataSpec", other: "DataSpec") -> bool:
+    if one.task is not None:
+        return (one.task, one.dir) == (other.task, other.dir)
+    return bool({*one.text} & {*(other.text or ())})
 
 
 def _check_space(values: Mapping[str, Any], supernet: "ModelSpec") -> None:

@@ -135,7 +135,7 @@ def _stage(name: str, study: Study, storage: Storage, records: Sequence[Mapping]
 
 
 def _covered(spans: Sequence[tuple[datetime, datetime]]) -> float:
-    """Seconds that lie in at least one of the spans: workers overlap, and interruptions are gaps."""
+    """Seconds in at least one of the spans: workers overlap, and interruptions are gaps."""
     seconds, until = 0.0, datetime.min
     for start, end in sorted(spans):
         start = max(start, until)

@@ -62,7 +62,7 @@ class Storage:
         heartbeat: whole seconds between two signs of life of a worker; after three without, its
             candidate goes to another. Default: 10 in a directory, 60 at a URL. Workers of the same
             machine are found dead at once, without.
-        create: False: a directory without a search is refused.
+        create: False: a directory or database without a search is refused, and left as it is.
 
     Attributes:
         backend: what `optuna.create_study` takes.
@@ -89,7 +89,9 @@ class Storage:
         interval = interval if heartbeat is None else heartbeat
         if interval < 1 or int(interval) != interval:
             raise UserError("heartbeat: give whole seconds, at least 1")
-        self.place = _hidden(url) if "://" in str(place) else str(place)
+        self.place = without_password(url) if "://" in str(place) else str(place)
+        if not create and "://" in str(place):
+            _check_there(url, self.place)
         self.grace = GRACE * interval
         with quiet(optuna), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -123,6 +125,13 @@ class Storage:
             return self._claims.setdefault(number, MemoryClaims())
         return DatabaseClaims(self._database.engine, number)
 
+    def remove(self, search: str) -> None:
+        """Removes the studies and claims of a search, its head too."""
+        for name in self.names():
+            if name == search or name.startswith(f"{search}."):
+                self.claims(name).remove()
+                self._optuna.delete_study(study_name=name, storage=self.backend)
+
     def names(self) -> list[str]:
         """Names of the studies, oldest first."""
         return [study.study_name for study in self.backend.get_all_studies()]
@@ -144,6 +153,26 @@ class Storage:
         """The notes of a study (see `Study.note`); raises as `attributes`."""
         found = self.attributes(name)
         return {key[len(NOTE) :]: found[key] for key in found if key.startswith(NOTE)}
+
+
+def _check_there(url: str, shown: str) -> None:
+    """Raises a UserError where a database has no studies; what only looks must not make any."""
+    from sqlalchemy import create_engine, inspect
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        parts = make_url(url)
+        file = parts.database if parts.get_backend_name() == "sqlite" else None
+        there = file is None or Path(file).is_file()
+        if there:
+            engine = create_engine(url)
+            there = inspect(engine).has_table("studies")
+            engine.dispose()
+    except (SQLAlchemyError, ImportError, ValueError):
+        return  # `_open` says what is wrong
+    if not there:
+        raise UserError(f"no search in {shown}: start one with fastffn search")
 
 
 def _file_url(folder: Path, create: bool) -> str:
@@ -229,8 +258,8 @@ def _driver(shown: str, error: ImportError) -> str:
     return f"cannot open the search's database {shown}: it needs {module}: pip install {install}"
 
 
-def _hidden(url: str) -> str:
-    """The URL without its password."""
+def without_password(url: str) -> str:
+    """A database's URL as it may be shown and kept."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 

@@ -57,6 +57,7 @@ def work(
             time.sleep(wait)
             continue
         if title not in studies:
+            studies.clear()  # with what the stage before was judged by
             study = Study.load(place, title)
             study.evaluate = evaluators(stage, head, study.space)
             studies[title] = study

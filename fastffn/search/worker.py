@@ -17,12 +17,14 @@ import torch
 
 from fastffn.errors import UserError
 from fastffn.memory import freed_memory_kept
+from fastffn.search.beginning import options
 from fastffn.search.evaluation import evaluation, fingerprint
 from fastffn.search.recipe import SearchRecipe
 from fastffn.search.space import Space
 from fastffn.search.storage import Storage
 from fastffn.search.work import work
 
+_PATHS = ("load", "text", "dir", "train", "validation", "test")  # keys of files and folders
 Progress = Callable[[str, float, float, str], None]
 
 
@@ -56,6 +58,7 @@ def run(
 
     def evaluator(stage: str, head: Mapping[str, Any], space: Space):
         recipe = SearchRecipe.from_mapping(head["recipe"], overrides)
+        _check_paths_alone(head["options"], options(recipe, None))
         folder = Path(out or head["directory"])
         where, theirs = head["supernets"][stage]
         place = where and folder / where  # an absolute path stays as it is
@@ -80,6 +83,16 @@ def run(
     with freed_memory_kept():
         judged = work(storage, evaluator, name, progress=told)
     return {"name": name, "judged": judged}
+
+
+def _check_paths_alone(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises a UserError where more than the place of files differs: qualities must compare."""
+    for key in sorted({*theirs, *ours}):
+        if theirs.get(key) != ours.get(key) and key.rpartition(".")[2] not in _PATHS:
+            raise UserError(
+                f"{key} is {theirs.get(key)} in the search: a worker may only change where files "
+                f"are ({', '.join(_PATHS)})"
+            )
 
 
 def _only(storage: Storage) -> str:
