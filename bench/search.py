@@ -125,7 +125,7 @@ def files(folder: Path, rows: int = 1200, sizes: dict[str, int] | None = None) -
     return {name: str(folder / f"{name}.tsv") for name in ("train", "validation")}
 
 
-def recipe(folder: Path, steps: int, task: dict[str, str], **space: Any) -> SearchRecipe:
+def recipe(folder: Path, steps: int, task: dict[str, str], precision: str = "fp32") -> SearchRecipe:
     losses = {"hidden": {"layer_map": "uniform"}, "soft_labels": {}}
     stage = {"data": "task", "losses": losses, "batch_size": 32, "learning_rate": 3e-4}
     own = {"name": "bench", "kind": "classification", "texts": "sentence", "label": "label"}
@@ -135,6 +135,7 @@ def recipe(folder: Path, steps: int, task: dict[str, str], **space: Any) -> Sear
     return SearchRecipe.from_mapping(
         {
             "name": "bench",
+            "precision": precision,
             "teacher": {"load": str(folder / "teacher")},
             "models": {
                 "supernet": {
@@ -146,7 +147,7 @@ def recipe(folder: Path, steps: int, task: dict[str, str], **space: Any) -> Sear
                 {**stage, "name": "warmup", "student": "supernet", "steps": 2, "subnetworks": 4},
                 {**stage, "name": "proxy", "student": "candidate", "steps": steps, "cache": True},
             ],
-            "space": space or {"stacks": [1, 2], "ratios": ["1/2", 1, 2]},
+            "space": {"stacks": [1, 2], "ratios": ["1/2", 1, 2]},
             "search": [
                 {**search, "name": "coarse", "supernet": "warmup", "train": "proxy"},
                 {**search, "name": "fine", "freeze": "functions"},
@@ -155,18 +156,20 @@ def recipe(folder: Path, steps: int, task: dict[str, str], **space: Any) -> Sear
     )
 
 
-def made(folder: Path, steps: int, sizes: dict[str, int] | None = None, **space: Any):
-    """The recipe, the supernet's folder and its evaluations: trained, one-shot."""
-    plan = recipe(folder, steps, files(folder, sizes=sizes), **space)
+def made(folder: Path, steps: int, precision: str = "fp32", sizes: dict[str, int] | None = None):
+    """Evaluations of a recipe whose supernet is warmed up: trained, one-shot."""
+    plan = recipe(folder, steps, files(folder, sizes=sizes), precision)
     distill.run(distillation(plan, ["warmup"]), folder / "warm-up")
     supernet = folder / "warm-up" / "student"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [evaluation(plan, stage, supernet, folder / "work", device) for stage in plan.search]
 
 
-def candidates(folder: Path, steps: int, count: int, compiled: int) -> dict[str, Any]:
+def candidates(
+    folder: Path, steps: int, count: int, compiled: int, precision: str
+) -> dict[str, Any]:
     """Seconds of each candidate and contender; the first `compiled` are compiled too."""
-    trained, oneshot = made(folder, steps)
+    trained, oneshot = made(folder, steps, precision)
     arguments = (trained.made, trained.stage, trained.work, trained.device)
     contenders = {"fastffn": trained, "eager": EagerTrained(*arguments)}
     contenders["compile"] = CompiledTrained(*arguments)
@@ -188,6 +191,7 @@ def candidates(folder: Path, steps: int, count: int, compiled: int) -> dict[str,
         )
     found: dict[str, Any] = {
         "steps": steps,
+        "precision": precision,
         "seconds": times,
         "qualities": qualities,
         "per_minute": {name: 60 / statistics.median(each) for name, each in times.items()},
@@ -256,7 +260,7 @@ def memory(folder: Path, count: int) -> dict[str, Any]:
     """MiB of resident memory after every hundredth candidate; a tiny model, two steps each."""
     sizes = {"hidden_size": 48, "num_hidden_layers": 6, "intermediate_size": 96}
     small = Space(48, 3, stacks=(1, 2), ratios=("1/2", "1", "2"))
-    trained, oneshot = made(folder, 2, sizes | {"max_position_embeddings": 128})
+    trained, oneshot = made(folder, 2, sizes=sizes)
     rng = random.Random(0)
     resident = []
     for number in range(count + 1):
@@ -279,6 +283,7 @@ def main() -> None:
     add("--parts", nargs="+", choices=parts, default=parts)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--steps", type=int, nargs="+", default=[20, 100], help="of a candidate's training")
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="of candidates")
     add("--count", type=int, default=12, help="candidates")
     add("--compiled", type=int, default=3, help="of them compiled")
     add("--candidates", type=int, default=2000, help="of the memory's part")
@@ -303,7 +308,7 @@ def main() -> None:
                 for steps in given.steps:
                     place = Path(folder) / str(steps)
                     place.mkdir()
-                    found = candidates(place, steps, given.count, given.compiled)
+                    found = candidates(place, steps, given.count, given.compiled, given.precision)
                     results[part].append(found)
             else:
                 results[part] = (
@@ -317,7 +322,7 @@ def _short(results: dict[str, Any]) -> dict[str, Any]:
     """Without the single times."""
     short = dict(results)
     if "candidates" in short:
-        keep = ("steps", "per_minute", "eager / fastffn", "compile / fastffn")
+        keep = ("steps", "precision", "per_minute", "eager / fastffn", "compile / fastffn")
         short["candidates"] = [
             {key: each[key] for key in keep} | {"oneshot": each["oneshot"]["per_minute"]}
             for each in short["candidates"]
