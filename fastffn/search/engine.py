@@ -31,6 +31,7 @@ import torch
 
 from fastffn.distill import engine as distillation_engine
 from fastffn.distill.preparation import prepare
+from fastffn.distill.recipe import Recipe
 from fastffn.distill.subnetworks import kept_layers
 from fastffn.distill.teacher import locate
 from fastffn.errors import UserError
@@ -347,11 +348,22 @@ class _Search(StageJudge):
             source = folder.with_name(f"{folder.name}-start")
             if not source.exists():
                 with_functions(before, winner, self.layers, source)
-        recipe = distillation(self.recipe, stage.supernet, source)
+        recipe = self._with_ratios(distillation(self.recipe, stage.supernet, source))
         report = distillation_engine.run(recipe, folder, progress=self.progress)
         if source is not None:
             shutil.rmtree(source)
         return {"seconds": sum(each["seconds"] for each in report["stages"].values())}
+
+    def _with_ratios(self, recipe: Recipe) -> Recipe:
+        """Sub-networks learn at the widths that candidates will have."""
+        ratios = sorted({ratio for rules in self.space.rules for ratio in rules.ratios})
+        stages = [
+            dataclasses.replace(stage, ratios=tuple(map(str, ratios)))
+            if stage.subnetworks and not stage.ratios
+            else stage
+            for stage in recipe.stages
+        ]
+        return dataclasses.replace(recipe, stages=tuple(stages))
 
     # -- the beginning and the end
 

@@ -186,7 +186,7 @@ class _Evaluation:
         (name,) = stage.student
         own, self.made.models[name] = self.made.models[name], model
         try:
-            alone = dataclasses.replace(stage, subnetworks=None, depths=())
+            alone = dataclasses.replace(stage, subnetworks=None, depths=(), ratios=())
             return self.made.module(alone, number).to(self.device)
         finally:
             self.made.models[name] = own

@@ -118,7 +118,9 @@ def student_recipe(
             own.append(stage)
         elif stage.student == (_SUPERNET,):
             kept.append(stage)
-    own = own or [dataclasses.replace(stage, subnetworks=None, depths=()) for stage in kept]
+    own = own or [
+        dataclasses.replace(stage, subnetworks=None, depths=(), ratios=()) for stage in kept
+    ]
     own = [dataclasses.replace(stage, student=(_STUDENT,)) for stage in own]
     path = report.get("supernet")
     if path is not None:
