@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -290,6 +291,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     keep_freed_memory()
+    # What a search compiles is new each time: nothing may come from an earlier run either.
+    torch._inductor.config.force_disable_caches = True
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
