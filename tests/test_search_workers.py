@@ -6,8 +6,8 @@ import shutil
 from collections import Counter
 
 import pytest
-import torch
 
+pytest.importorskip("transformers")
 pytest.importorskip("optuna")
 
 from tiny_recipes import Files
@@ -22,12 +22,13 @@ from tiny_searches import (
     search,
     spawn,
     three,
+    undisturbed,
     wait_for,
     worker,
 )
 
 from fastffn.errors import UserError
-from fastffn.search import engine, evaluation, pictures
+from fastffn.search import engine, evaluation
 from fastffn.search import worker as working
 from fastffn.search.storage import Storage
 from fastffn.search.study import Study
@@ -36,13 +37,9 @@ _KILLED = -9
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """One thread, as the processes have; no pictures, which cost more than the search."""
-    monkeypatch.setattr(pictures, "draw", lambda *_: {})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def alone():
+    with undisturbed():
+        yield
 
 
 @pytest.fixture(scope="module")

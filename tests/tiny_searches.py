@@ -4,6 +4,7 @@ Also processes that run them and may die; as in `tiny_recipes` they are forked f
 has imported everything.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -140,6 +141,19 @@ def judged(out: Path, stages: tuple[str, ...] = ("coarse", "middle", "fine")) ->
     return found
 
 
+@contextlib.contextmanager
+def undisturbed():
+    """One thread, as the processes have; no pictures, which cost more than the search."""
+    draw, threads = pictures.draw, torch.get_num_threads()
+    pictures.draw = lambda *_: {}
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        pictures.draw = draw
+        torch.set_num_threads(threads)
+
+
 # -- processes -----------------------------------------------------------------------------------
 
 
@@ -190,14 +204,13 @@ def _started(command: list[str], out: Path, die_at: int | float | None):
 
 
 def _run(command: list[str], out: Path, die_at: int | float | None) -> None:
-    torch.set_num_threads(1)
-    pictures.draw = lambda *_: {}  # cost more than the search
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     watch = _Watch(out, die_at)
     sys.addaudithook(watch)
-    status = main(command)
+    with undisturbed():
+        status = main(command)
     Path(f"{out}.touched").write_text(str(watch.count))
     sys.exit(status)
 
