@@ -5,8 +5,7 @@ there.
 """
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from fastffn.distill.processes import Processes
 from fastffn.distill.stages import StageRun
 from fastffn.distill.teacher import locate
 from fastffn.errors import UserError
-from fastffn.rundir import atomic_directory
 from fastffn.search.evaluation import check_score, rest_of, used
 from fastffn.search.proposals import proposal
 from fastffn.search.recipe import SUPERNET, SearchRecipe
 from fastffn.search.recipe_checks import check_fits
-from fastffn.search.space import Candidate, Space, frozen
+from fastffn.search.space import Space, frozen
 from fastffn.search.storage import import_optuna, without_password
 
 
@@ -110,18 +108,3 @@ def check_stages(recipe: SearchRecipe, space: Space, made: Prepared, nowhere: Pa
         if stage.score.metric == "loss":
             number = numbers[stage.score.stage]
             check_score(stage, made.module(made.recipe.enabled[number], number))
-
-
-def with_functions(before: Path, winner: Candidate, layers: Sequence[int], folder: Path) -> None:
-    """Makes a copy of a supernet with the winner's genes: it trains their functions.
-
-    Args:
-        before: the supernet's folder.
-        layers: those of its layers that candidates have.
-    """
-    with atomic_directory(folder) as made:
-        shutil.copytree(before, made, dirs_exist_ok=True)
-        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-        for layer, text in zip(layers, winner.texts, strict=True):
-            config["genes"][layer] = text
-        (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

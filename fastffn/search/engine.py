@@ -21,7 +21,6 @@ judges candidates as they do, and alone trains supernets and goes from stage to 
 import dataclasses
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,9 +30,6 @@ import torch
 
 from fastffn.distill import engine as distillation_engine
 from fastffn.distill.preparation import prepare
-from fastffn.distill.recipe import Recipe
-from fastffn.distill.subnetworks import kept_layers
-from fastffn.distill.teacher import locate
 from fastffn.errors import UserError
 from fastffn.files import write_text_atomic
 from fastffn.memory import freed_memory_kept
@@ -48,7 +44,6 @@ from fastffn.search.beginning import (
     check_storage,
     completed,
     options,
-    with_functions,
 )
 from fastffn.search.coarse_to_fine import StageJudge, coarse_to_fine
 from fastffn.search.evaluation import (
@@ -63,6 +58,7 @@ from fastffn.search.recipe import SearchRecipe, SearchStage, read
 from fastffn.search.space import ANY, Candidate, Space
 from fastffn.search.storage import Storage
 from fastffn.search.study import Study
+from fastffn.search.supernets import Supernets
 
 Progress = Callable[[str, float, float, str], None]
 
@@ -199,13 +195,13 @@ class _Search(StageJudge):
         self.end = None if recipe.minutes is None else time.monotonic() + 60 * recipe.minutes
         self.ends: dict[str, float] = {}  # of stages, where time is limited
         self.space, self.config = self._begun()
-        self.layers = kept_layers(self.space.num_layers, self.config["num_hidden_layers"])
+        layers = self.config["num_hidden_layers"]
+        self.supernets = Supernets(recipe, self.space, layers, directory.path, progress)
         self.place = storage or str(directory.path)
         self.storage = Storage(self.place)
         self._records: list[dict[str, Any]] = []
         self._started = (time.monotonic(), 0)
-        self._supernets: dict[str, list[str]] = {}
-        self._titles: dict[str, str] = {}  # of stages, with how often they were begun
+        self._used: dict[str, list[str | None]] = {}  # supernets: folder, fingerprint
         self._functions: dict[str, list[str] | None] = {}  # that a stage trains a supernet with
 
     def begin(self, fresh: bool) -> None:
@@ -246,12 +242,12 @@ class _Search(StageJudge):
 
     def comparable(self, stage: SearchStage, other: SearchStage) -> bool:
         def way(of: SearchStage) -> tuple:
-            return of.train, of.rungs, of.score, self._trained_for(of)
+            return of.train, of.rungs, of.score, self.supernets.trained_for(of)
 
         return way(stage) == way(other)
 
     def open(self, stage: SearchStage, study: Study, winner: Candidate | None):
-        self._named(stage, study)
+        self.supernets.name(stage, study.name)
         evaluate = self.evaluation(stage, winner)
         made = fingerprint(evaluate.made)
         if study.notes.get("fingerprint", made) != made:
@@ -260,12 +256,12 @@ class _Search(StageJudge):
                 "restore them, take another name for the search, or start over with --fresh"
             )
         study.note("fingerprint", made)
-        folder = self._folder(stage)
+        folder = self.supernets.folder(stage)
         here = self.directory.path.resolve()
         if folder is not None and folder.is_relative_to(here):
             folder = folder.relative_to(here)
-        self._supernets[stage.name] = [folder and str(folder), made]
-        self.head.note(supernets=self._supernets)
+        self._used[stage.name] = [folder and str(folder), made]
+        self.head.note(supernets=self._used)
         self.directory.phase(_BEGUN, dict)  # from now on other options are refused
         study.note("open", True)
         self._records = [r for r in study.candidates() if not r["inherited"]]
@@ -278,7 +274,7 @@ class _Search(StageJudge):
         return evaluate
 
     def close(self, stage: SearchStage, study: Study) -> None:
-        self._named(stage, study)
+        self.supernets.name(stage, study.name)
         counts = study.counts()
         if study.notes.get("open"):
             if counts["settled"] < stage.trials and self.enough(stage):
@@ -297,7 +293,7 @@ class _Search(StageJudge):
         if stage.supernet:
             functions = winner and [str(gene.expr) for gene in winner.genes]
             self._functions[stage.name] = functions
-        return self._functions.get(self._trained_for(stage))
+        return self._functions.get(self.supernets.trained_for(stage))
 
     def tell(self, stage: str, record: dict[str, Any], done: int, total: int) -> None:
         """Shows what a stage has found so far."""
@@ -311,59 +307,10 @@ class _Search(StageJudge):
     def evaluation(self, stage: SearchStage, winner: Candidate | None):
         """What judges a stage's candidates; trains the supernet first, if the stage says so."""
         if stage.supernet:
-            name = f"supernet {self._titles.get(stage.name, stage.name)}"
-            self.directory.phase(name, lambda: self._train(stage, winner))
-        folder, work = self._folder(stage), self.directory.work
+            name = f"supernet {self.supernets.title(stage.name)}"
+            self.directory.phase(name, lambda: self.supernets.train(stage, winner))
+        folder, work = self.supernets.folder(stage), self.directory.work
         return evaluation(self.recipe, stage, folder, work, self.device, self.progress)
-
-    # -- supernets
-
-    def _named(self, stage: SearchStage, study: Study) -> None:
-        self._titles[stage.name] = study.name.removeprefix(f"{self.recipe.name}.")
-
-    def _trained_for(self, stage: SearchStage) -> str | None:
-        """The last stage until this one for which a supernet was trained."""
-        until = self.recipe.search[: self.recipe.search.index(stage) + 1]
-        return next((before.name for before in reversed(until) if before.supernet), None)
-
-    def _folder(self, stage: SearchStage) -> Path | None:
-        """Where the supernet lies that a stage uses; None: it is made as the recipe says."""
-        trained = self._trained_for(stage)
-        if trained is None:
-            load = self.recipe.distil.models[SUPERNET].load
-            return None if load is None else locate(load, SUPERNET)[0]
-        return self._supernet(trained) / "student"
-
-    def _supernet(self, trained: str) -> Path:
-        """The directory of the run that trains it for the stage of that name."""
-        return self.directory.path.resolve() / "supernets" / self._titles.get(trained, trained)
-
-    def _train(self, stage: SearchStage, winner: Candidate | None) -> dict[str, Any]:
-        """Runs the stage's distillation of the supernet; resumes an interrupted one."""
-        folder = self._supernet(stage.name)
-        before = source = None
-        if winner is not None:
-            before = self._folder(self.recipe.search[self.recipe.search.index(stage) - 1])
-        if before is not None:
-            source = folder.with_name(f"{folder.name}-start")
-            if not source.exists():
-                with_functions(before, winner, self.layers, source)
-        recipe = self._with_ratios(distillation(self.recipe, stage.supernet, source))
-        report = distillation_engine.run(recipe, folder, progress=self.progress)
-        if source is not None:
-            shutil.rmtree(source)
-        return {"seconds": sum(each["seconds"] for each in report["stages"].values())}
-
-    def _with_ratios(self, recipe: Recipe) -> Recipe:
-        """Sub-networks learn at the widths that candidates will have."""
-        ratios = sorted({ratio for rules in self.space.rules for ratio in rules.ratios})
-        stages = [
-            dataclasses.replace(stage, ratios=tuple(map(str, ratios)))
-            if stage.subnetworks and not stage.ratios
-            else stage
-            for stage in recipe.stages
-        ]
-        return dataclasses.replace(recipe, stages=tuple(stages))
 
     # -- the beginning and the end
 
@@ -401,7 +348,7 @@ class _Search(StageJudge):
         found = show.collect(self.storage, self.recipe.name)
         for stage, said in zip(self.recipe.search, found["stages"], strict=True):
             score = self.recipe.to_mapping()["search"][self.recipe.search.index(stage)]["score"]
-            folder = self._folder(stage)
+            folder = self.supernets.folder(stage)
             said |= {"score": score, "supernet": folder and str(folder)}
         found["supernet"] = found["stages"][-1]["supernet"]
         found["space"] = self.space.to_dict()
