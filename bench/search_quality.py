@@ -17,8 +17,10 @@ on with what is missing; quality.json and table.md are written anew after each r
 """
 
 import argparse
+import datetime
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -235,6 +237,12 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _conditions() -> dict[str, Any]:
+    described = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip()
+    return {"date": datetime.date.today().isoformat(), "commit": commit}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.search_quality")
     add = parser.add_argument
@@ -254,7 +262,9 @@ def main() -> None:
     seeds = given.pop("seeds")
     given["search"] = tuple(given["search"])
     bench = Bench(**given)
-    results: dict[str, Any] = {"settings": json.loads(json.dumps(given, default=str)), "seeds": {}}
+    # No paths: the file is to be shared.
+    settings = {key: given[key] for key in given.keys() - {"out", "data", "text", "teacher"}}
+    results: dict[str, Any] = {**_conditions(), "settings": settings, "seeds": {}}
     for seed in seeds:
         start = time.monotonic()
         report = bench.found(seed)
@@ -262,6 +272,8 @@ def main() -> None:
         cell["search"] = {
             k: report[k] for k in ("stages", "best", "seconds", "machine", "versions")
         }
+        for stage in cell["search"]["stages"]:
+            del stage["supernet"]
         cell["space"] = report["space"]
         results["seeds"][str(seed)] = cell
         for name, genes in bench.contenders(report, seed).items():
