@@ -19,9 +19,24 @@ _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_THRESHOLD: 128 * 1024, _MMAP_MAX
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device has left; of a CPU the machine."""
+    """What a device has left: of a GPU also what torch keeps; of a CPU what the machine, or the
+    container, has."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return int(min(_of_machine(), _of_container()))
+
+
+def _of_container() -> float:
+    """What a control group of Linux leaves; no limit where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        return max(0, int((folder / "memory.max").read_text(encoding="ascii")) - used)
+    return float("inf")
+
+
+def _of_machine() -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * int(

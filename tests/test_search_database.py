@@ -5,11 +5,12 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("optuna")
 
+import optuna
 from tiny_recipes import Files
 from tiny_searches import search
 
 from fastffn.errors import UserError
-from fastffn.search import engine, show, worker
+from fastffn.search import Space, Study, engine, show, worker
 from fastffn.search.storage import Storage
 
 STAGES = [{"name": "coarse", "trials": 2, "train": "proxy", "supernet": "warmup"}]
@@ -34,9 +35,7 @@ def test_a_search_of_the_same_name_with_other_options_is_refused_and_fresh_repla
     url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
     one = engine.run(recipe(files), tmp_path / "one", storage=url)
     other = recipe(files, learning_rate=0.05)
-    with pytest.raises(
-        UserError, match=r"called tiny .* \(stages.proxy.learning_rate was"
-    ):
+    with pytest.raises(UserError, match=r"called tiny .* \(stages.proxy.learning_rate was"):
         engine.run(other, tmp_path / "other", storage=url)
     assert show.collect(url)["candidates"] == one["candidates"]
     found = engine.run(other, tmp_path / "other", storage=url, fresh=True)
@@ -46,7 +45,7 @@ def test_a_search_of_the_same_name_with_other_options_is_refused_and_fresh_repla
 
 
 def test_passwords_are_kept_nowhere(files, tmp_path):
-    url = "postgresql://me:sesame@localhost:1/none"
+    url = "postgresql://me:sesame@localhost:1/none?sslpassword=sesame"
     with pytest.raises(UserError) as caught:
         engine.run(recipe(files), tmp_path / "run", storage=url)
     assert "sesame" not in str(caught.value)
@@ -77,3 +76,51 @@ def test_a_worker_may_change_paths_and_nothing_else():
     worker._check_paths_alone(theirs, ours)
     with pytest.raises(UserError, match=r"proxy\.learning_rate is 0.1 in the search: a worker"):
         worker._check_paths_alone(theirs, ours | {"stages.proxy.learning_rate": 1.0})
+
+
+def test_starting_over_leaves_what_is_not_ours_and_waits_for_nobody(files, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
+    engine.run(recipe(files), tmp_path / "one", storage=url)
+    storage = Storage(url)
+    optuna.create_study(storage=storage.backend, study_name="tiny.sweep")
+    storage.remove("tiny")
+    assert storage.names() == ["tiny.sweep"]
+    theirs = optuna.create_study(storage=storage.backend, study_name="tiny")
+    theirs.add_trial(optuna.create_trial(value=1.0))
+    storage.remove("tiny")
+    with pytest.raises(UserError, match="has a study called tiny that is no search's"):
+        engine.run(recipe(files), tmp_path / "two", storage=url)
+    assert len(theirs.trials) == 1
+
+
+def test_a_search_is_not_removed_under_a_worker(tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
+    other = Storage(url)
+
+    def evaluate(genes):
+        with pytest.raises(UserError, match="judges a candidate of search in"):
+            other.remove("search")
+        return 1.0
+
+    study = Study(Space(24, 1), evaluate, url, "search.coarse")
+    study.run(1)
+    other.remove("search")
+    assert other.names() == []
+
+
+def test_a_result_that_cannot_be_stored_is_a_database_that_was_lost(tmp_path, monkeypatch):
+    study = Study(Space(24, 1), lambda genes: 1.0, tmp_path, heartbeat=1)
+    database = study._storage._database
+    store, failures = type(database).set_trial_state_values, []
+
+    def fail_once(self, number, state, values=None):
+        if state.name == "COMPLETE" and not failures:
+            failures.append(number)
+            raise optuna.exceptions.StorageInternalError("no space left")
+        return store(self, number, state, values)
+
+    monkeypatch.setattr(type(database), "set_trial_state_values", fail_once)
+    with pytest.raises(UserError, match="lost the search's database"):
+        study.run(3)
+    study.run(3)  # the same process goes on: nobody waits for itself
+    assert study.counts()["finished"] == 3

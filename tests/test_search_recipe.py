@@ -357,6 +357,13 @@ def test_rows_that_judge_are_not_trained_on_under_another_name(written):
     with pytest.raises(UserError, match="holds out rows of task, which again has too: train on"):
         written(text=text)
     written(text=text.replace("again: {task: mrpc", "again: {task: rte"))
+    text = TEXT.replace("text: [a.txt]", "text: [here/../a.txt]\n  again: {text: a.txt}")
+    text = text.replace("score: {data: task, rows: 100}", "score: {stage: warmup, rows: 100}")
+    text = text.replace("score: {stage: warmup}", "score: {stage: warmup, rows: 100}")
+    written(text=text)
+    text = text.replace("losses: {soft_labels: {}}", "losses: {relations: {relation_heads: 4}}")
+    with pytest.raises(UserError, match="holds out rows of general, which again has too"):
+        written(text=text.replace("    data: task\n", "    data: again\n"))
 
 
 # -- the shipped ones ----------------------------------------------------------------------------

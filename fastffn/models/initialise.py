@@ -233,6 +233,7 @@ def extract(
     weights = leading_slices(_of_layers(supernet.state_dict(), kept), model.state_dict())
     weights |= {name: weights[name].clone() for name in weights.keys() - set(shared)}
     model.load_state_dict(weights, assign=True)
+    model.tie_weights()
     return model.train(supernet.training)
 
 

@@ -22,6 +22,7 @@ import dataclasses
 import importlib.util
 import json
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,12 +224,13 @@ class _Search(StageJudge):
                 f"{self.storage.place} holds a search called {self.recipe.name} with other options "
                 f"({changes}): give this one another name=..., or start over with --fresh"
             )
+        begun = self.storage.notes(self.recipe.name).get("begun")
         self.head.note(
+            begun=begun or uuid.uuid4().hex,
             options=ours,
             finished=False,
             stages=[stage.name for stage in self.recipe.search],
             recipe=self.recipe.to_mapping(),
-            directory=str(self.directory.path.resolve()),
         )
 
     def seeds(self) -> list[Candidate]:
@@ -261,7 +263,7 @@ class _Search(StageJudge):
         if folder is not None and folder.is_relative_to(here):
             folder = folder.relative_to(here)
         self._used[stage.name] = [folder and str(folder), made]
-        self.head.note(supernets=self._used)
+        self.head.note(supernets=self._used, directory=str(here))
         self.directory.phase(_BEGUN, dict)  # from now on other options are refused
         study.note("open", True)
         self._records = [r for r in study.candidates() if not r["inherited"]]

@@ -54,9 +54,11 @@ class Judge:
         try:
             self._study.optimize(self._judge, n_trials=1)
             self.judged += self._ended
-        except Exception:
+        except Exception as error:
             if not self._taken_away():
-                raise
+                # Optuna asserts where it could not store a result; why not, says more.
+                lost = error.__context__ if isinstance(error, AssertionError) else None
+                raise (lost or error) from None
         if self._error is not None:
             raise self._error
 

@@ -6,7 +6,9 @@ is, whether the space has members) is checked where they are loaded.
 """
 
 import dataclasses
+import glob
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.catalogue import TASKS
@@ -92,9 +94,19 @@ def _check_held_out(
 
 
 def _same_source(one: "DataSpec", other: "DataSpec") -> bool:
-    if one.task is not None:
-        return (one.task, one.dir) == (other.task, other.dir)
-    return bool({*one.text} & {*(other.text or ())})
+    """Whether both read the same files, however these are written, or the same task."""
+    return bool(_sources(one) & _sources(other))
+
+
+def _sources(spec: "DataSpec") -> set[str]:
+    folder = Path(spec.dir or "")
+    patterns = list(spec.text or ())
+    if isinstance(spec.task, Mapping):
+        patterns = [str(folder / str(spec.task[key])) for key in ("train",) if key in spec.task]
+    elif spec.task is not None:
+        return {f"task {spec.task}"}
+    found = (glob.glob(pattern, recursive=True) or [pattern] for pattern in patterns)
+    return {str(Path(path).resolve()) for paths in found for path in paths}
 
 
 def _check_space(values: Mapping[str, Any], supernet: "ModelSpec") -> None:

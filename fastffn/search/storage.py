@@ -20,11 +20,13 @@ from .claims import Claims, DatabaseClaims, MemoryClaims
 from .ledger import OWNER
 
 FILE = "search.sqlite3"
+SPACE = "fastffn.space"  # attribute of the studies that are ours: their space
 NOTE = "fastffn.note."  # attributes of a study that start so are its notes
 AGAIN = "~"  # in a study's name: search.fine~2 is the stage search.fine, begun a second time
 
 GRACE = 3  # heartbeats that may stay away before a worker counts as dead
 _HEARTBEAT_HERE, _HEARTBEAT_ELSEWHERE = 10, 60  # seconds between two: directory, URL
+_SECRET = ("password", "sslpassword", "passfile")  # of a URL's query
 _LOCKED = 60  # seconds that a writer waits for the others of an SQLite file
 _CONNECT = 10  # seconds until a database server counts as unreachable
 _OPENINGS = 8  # tries of making the tables while other workers do the same
@@ -126,11 +128,27 @@ class Storage:
         return DatabaseClaims(self._database.engine, number)
 
     def remove(self, search: str) -> None:
-        """Removes the studies and claims of a search, its head too."""
-        for name in self.names():
-            if name == search or name.startswith(f"{search}."):
-                self.claims(name).remove()
-                self._optuna.delete_study(study_name=name, storage=self.backend)
+        """Removes the studies and claims of a search, its head last; others' studies stay.
+
+        Raises:
+            UserError: somebody judges a candidate of it.
+        """
+        names = [name for name in self.names() if name.startswith(f"{search}.")]
+        names = [name for name in names if SPACE in self.attributes(name)]
+        names += [search] if search in self.names() and "stages" in self.notes(search) else []
+        running = (self._optuna.trial.TrialState.RUNNING,)
+        for name in names:
+            number = self.backend.get_study_id_from_name(name)
+            for trial in self.backend.get_all_trials(number, deepcopy=False, states=running):
+                owner = trial.user_attrs.get(OWNER)
+                if owner and not liveness.is_dead(owner):
+                    raise UserError(
+                        f"{liveness.worker(owner)} judges a candidate of {search} in {self.place}: "
+                        "end that process first"
+                    )
+        for name in names:
+            self.claims(name).remove()
+            self._optuna.delete_study(study_name=name, storage=self.backend)
 
     def names(self) -> list[str]:
         """Names of the studies, oldest first."""
@@ -166,9 +184,11 @@ def _check_there(url: str, shown: str) -> None:
         file = parts.database if parts.get_backend_name() == "sqlite" else None
         there = file is None or Path(file).is_file()
         if there:
-            engine = create_engine(url)
-            there = inspect(engine).has_table("studies")
-            engine.dispose()
+            engine = create_engine(url, **_engine_options(url))
+            try:
+                there = inspect(engine).has_table("studies")
+            finally:
+                engine.dispose()
     except (SQLAlchemyError, ImportError, ValueError):
         return  # `_open` says what is wrong
     if not there:
@@ -187,19 +207,26 @@ def _file_url(folder: Path, create: bool) -> str:
     return f"sqlite:///{folder.resolve() / FILE}"
 
 
+def _engine_options(url: str) -> dict[str, Any]:
+    """How SQLAlchemy connects."""
+    from sqlalchemy.engine import make_url
+
+    driver = make_url(url).get_backend_name()
+    if driver == "sqlite":
+        return {"connect_args": {"timeout": _LOCKED, "factory": _SQLite}}
+    options: dict[str, Any] = {"pool_pre_ping": True}  # the server may have restarted
+    if driver == "postgresql":
+        options["connect_args"] = {"connect_timeout": _CONNECT}
+    return options
+
+
 def _open(optuna, url: str, shown: str, interval: int):
     """Optuna's storage with its tables and ours."""
-    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     for opening in range(_OPENINGS):
         try:
-            driver = make_url(url).get_backend_name()
-            options: dict[str, Any] = {"pool_pre_ping": True}  # the server may have restarted
-            if driver == "sqlite":
-                options = {"connect_args": {"timeout": _LOCKED, "factory": _SQLite}}
-            elif driver == "postgresql":
-                options["connect_args"] = {"connect_timeout": _CONNECT}
+            options = _engine_options(url)
             database = _patient(optuna)(
                 url,
                 engine_kwargs=options,
@@ -241,7 +268,9 @@ def _patient(optuna):
         def _get_stale_trial_ids(self, study_id: int) -> list[int]:
             stale = super()._get_stale_trial_ids(study_id)
             owners = {number: self.get_trial(number).user_attrs.get(OWNER) for number in stale}
-            return [n for n, owner in owners.items() if not (owner and liveness.is_running(owner))]
+            me = liveness.signature()  # signs of one's own are late for no such reason
+            busy = {n for n, o in owners.items() if o and o != me and liveness.is_running(o)}
+            return [number for number in stale if number not in busy]
 
     return PatientStorage
 
@@ -264,6 +293,8 @@ def without_password(url: str) -> str:
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        parts = make_url(url)
+        query = {key: "***" if key in _SECRET else value for key, value in parts.query.items()}
+        return parts.set(query=query).render_as_string(hide_password=True)
     except (ArgumentError, ValueError):  # no URL: nothing of it that may be secret is repeated
         return f"{url.split('://')[0]}://..."

@@ -25,12 +25,12 @@ from .merit import Evaluated, front
 from .proposals import Proposal, RandomProposal, proposal
 from .queue import Queue
 from .space import Candidate, Space
-from .storage import NOTE, Storage, import_optuna, quiet
+from .storage import NOTE, SPACE, Storage, import_optuna, quiet
 
 Progress = Callable[[dict[str, Any], int, int], None]
 
 # attributes of the study
-SPACE, _OBJECTIVES, PLAN = "fastffn.space", "fastffn.objectives", "fastffn.plan"
+_OBJECTIVES, PLAN = "fastffn.objectives", "fastffn.plan"
 _REPEATS = 300  # proposals in a row that are all known before the space counts as exhausted
 _POLL = (0.05, 1.0)  # seconds between two looks at what others do: first, and at most
 

@@ -50,8 +50,11 @@ def work(
     """
     place = storage if isinstance(storage, Storage) else Storage(storage, heartbeat, create=False)
     studies: dict[str, Study] = {}
-    judged = 0
+    judged, begun = 0, None
     while not (head := place.notes(name)).get("finished"):
+        if head.get("begun") != begun:  # started over: other studies, perhaps of the same names
+            begun = head.get("begun")
+            studies.clear()
         stage, title = _open_stage(place, name, head)
         if stage is None:
             time.sleep(wait)

@@ -24,6 +24,7 @@ from fastffn.search.space import Space
 from fastffn.search.storage import Storage
 from fastffn.search.work import work
 
+_PLACES = ("teacher", "student", "models", "data")
 _PATHS = ("load", "text", "dir", "train", "validation", "test")  # keys of files and folders
 Progress = Callable[[str, float, float, str], None]
 
@@ -88,7 +89,8 @@ def run(
 def _check_paths_alone(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raises a UserError where more than the place of files differs: qualities must compare."""
     for key in sorted({*theirs, *ours}):
-        if theirs.get(key) != ours.get(key) and key.rpartition(".")[2] not in _PATHS:
+        path = key.split(".")[0] in _PLACES and key.rpartition(".")[2] in _PATHS
+        if theirs.get(key) != ours.get(key) and not path:
             raise UserError(
                 f"{key} is {theirs.get(key)} in the search: a worker may only change where files "
                 f"are ({', '.join(_PATHS)})"
