@@ -23,6 +23,14 @@ if folder := os.environ.get("FASTFFN_TEST_MODULE"):
     sys.modules["fastffn._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["fastffn._C"])
 
+# The benches as the package that `python -m bench` sees; the repository's root is not on sys.path.
+folder = Path(__file__).resolve().parent.parent / "bench"
+spec = importlib.util.spec_from_file_location(
+    "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
+)
+sys.modules["bench"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["bench"])
+
 from fastffn.ops import backend
 
 hypothesis.settings.register_profile("fixed", derandomize=True)
