@@ -23,6 +23,8 @@ if folder := os.environ.get("FASTFFN_TEST_MODULE"):
     sys.modules["fastffn._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["fastffn._C"])
 
+from fastffn.ops import backend
+
 # The benches as the package that `python -m bench` sees; the repository's root is not on sys.path.
 folder = Path(__file__).resolve().parent.parent / "bench"
 spec = importlib.util.spec_from_file_location(
@@ -30,8 +32,6 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["bench"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["bench"])
-
-from fastffn.ops import backend
 
 hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.register_profile("explore")
