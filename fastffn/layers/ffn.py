@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..expr import Expr, Gene
 from ..functional import elementwise
+from ..ops import backend
 from ..ops import ffn as op
 
 RECOMPUTE = op.RECOMPUTE
@@ -155,7 +156,7 @@ class FFNUnit(nn.Module):
 
         dropout is applied in training mode only; recompute as in `FFN`.
         """
-        if self.is_fused(plan.gated):
+        if self.is_fused(plan.gated) and not backend.is_portable():
             return self.fused(h, (plan,), dropout, recompute)[0]
         if recompute == "all" and torch.is_grad_enabled():
             return checkpoint(self.compute, h, plan, dropout, use_reentrant=False)

@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +100,48 @@ def interpreted(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _interpreting.reset(token)
+
+
+_portable = contextvars.ContextVar("fastffn_portable", default=False)
+_portable_anywhere = False  # of any thread: torch.compile guards on a global, on no ContextVar
+_portable_blocks = 0
+_portable_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it every op and layer runs as torch's own functions, by the references.
+
+    What is traced within it holds standard operations and none of fastffn's, so that it can be
+    exported, or run where fastffn is not; `torch.export` and `torch.onnx` trace so by themselves.
+    torch.compile compiles this form and the other apart: call what it returns within this too.
+    Dropout without a seed is torch's own here.
+    """
+    global _portable_anywhere, _portable_blocks
+    with _portable_lock:
+        _portable_blocks += 1
+        _portable_anywhere = True
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+        with _portable_lock:
+            _portable_blocks -= 1
+            _portable_anywhere = _portable_blocks > 0
+
+
+def is_portable() -> bool:
+    """Whether `portable` is in force, or an export is under way."""
+    return torch.compiler.is_exporting() or (_portable_anywhere and _is_portable_here())
+
+
+def _is_portable_here() -> bool:
+    return _portable.get()
+
+
+# As elementwise.constant_result: the compiler calls it, since it cannot trace a ContextVar.
+_is_portable_here._dynamo_marked_constant = True
 
 
 def cuda_engine() -> str:

@@ -6,7 +6,8 @@ schema, fake and device implementations are registered, and the autograd.Functio
 Autograd key, so that opcheck passes and torch.compile takes the op whole.
 (torch.library.custom_op with register_autograd does the same at about twice the overhead per call.)
 
-Who serves a call: see `execute`; under a function transform it is the reference.
+Who serves a call: see `execute`; under a function transform and in the portable form
+(`backend.portable`) it is the reference.
 """
 
 import functools
@@ -56,8 +57,8 @@ def elementwise(expr: Expr | str, /, **inputs: Tensor) -> Tensor:
         op, *operands = lone
         _shape(tensors)
         return reference.PRIMITIVES[op](*(inputs[name] for name in operands))
-    if is_transformed():
-        return reference.elementwise(_compiled(text).expr, inputs)
+    if is_decomposed():
+        return reference.evaluate(_postfix(text), inputs)
     return _autograd(text, tensors) if is_plain(tensors) else _forward_op(text, tensors)
 
 
@@ -80,6 +81,11 @@ def _describe(expr: Expr | str) -> tuple[str, tuple[str, ...], tuple[str, ...] |
     if expr.height == 1 and expr.op in ("add", "mul", "relu"):
         lone = (expr.op, *(arg.name for arg in expr.args))
     return text, expr.inputs, lone
+
+
+@constant_result
+def _postfix(text: str) -> reference.Postfix:
+    return _compiled(text).postfix
 
 
 def _check_names(text: str, names: tuple[str, ...], inputs: dict[str, Tensor]) -> None:
@@ -107,8 +113,11 @@ def _check_tensors(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
             )
 
 
-def is_transformed() -> bool:
-    """Whether vmap, jvp or another transform is active, which the op has no rule for."""
+def is_decomposed() -> bool:
+    """Whether torch's own functions run in an op's place: in the portable form, and under vmap, jvp
+    or another transform, which the ops have no rule for."""
+    if backend.is_portable():
+        return True
     if torch.compiler.is_compiling():
         return False
     return (
@@ -135,6 +144,7 @@ class _Compiled:
 
     def __init__(self, expr: Expr):
         self.expr = expr
+        self.postfix = reference.postfix(expr)
         self.forward = Pass(forward_program(expr))
         self._backward: dict[tuple[bool, ...], Pass] = {}
 

@@ -35,7 +35,7 @@ from ..errors import UserError
 from ..expr import Gene
 from . import backend, execute, ffn_fused, ffn_interpreted, ffn_reference
 from . import residual_norm_reference as oracle
-from .elementwise import constant_result, is_plain, is_transformed
+from .elementwise import constant_result, is_decomposed, is_plain
 from .ffn_interpreted import Call
 from .ffn_plan import plan
 from .slices import accumulated, padded
@@ -153,9 +153,9 @@ def _check(operands, gene: str, dropout: float, recompute: str) -> None:
 def run(operands: Sequence[Tensor | None], settings: tuple) -> list[Tensor]:
     """The op on checked operands (in the order of the schema) and settings, the fast way if there
     is one: without the dispatcher, which is a good part of a small call."""
-    if settings[2] > 0 and operands[-1] is None:
+    if settings[2] > 0 and operands[-1] is None and not backend.is_portable():
         operands = [*operands[:-1], oracle.draw_seeds(operands[0], len(settings[1]))]
-    if is_transformed():
+    if is_decomposed():
         return _reference(operands, settings)
     if not is_plain([x for x in operands if x is not None]):
         return _op(*operands, *settings)

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import execute
 from . import hidden_mse_reference as oracle
-from .elementwise import is_plain, is_transformed
+from .elementwise import is_decomposed, is_plain
 from .execute import HALVES, compute_dtype
 from .loss_inputs import check_teacher, real_tokens, save, saved
 from .matmul import linear, weight_gradient
@@ -92,7 +92,7 @@ def hidden_mse(
     _check(student, teacher, weight, bias)
     real = real_tokens(student.shape[:-1], student.device, attention_mask, lengths)
     operands = (student, teacher, weight, bias, real)
-    if is_transformed():
+    if is_decomposed():
         return oracle.hidden_mse(student, teacher, real, weight, bias)
     device = student.device.type
     if not is_plain([x for x in operands if x is not None]):

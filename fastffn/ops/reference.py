@@ -32,11 +32,34 @@ PRIMITIVES = {
 }
 
 
+Postfix = tuple[tuple[str, int], ...]
+
+
+def postfix(expr: Expr) -> Postfix:
+    """`expr` in postfix notation: (operation, number of operands), or (name of an input, 0).
+
+    torch.compile traces `evaluate` over it, and cannot trace a walk over the tree.
+    """
+    if expr.is_leaf:
+        return ((expr.name, 0),)
+    return (*(part for arg in expr.args for part in postfix(arg)), (expr.op, len(expr.args)))
+
+
+def evaluate(steps: Postfix, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The value of `postfix(expr)`, as `elementwise` gives it."""
+    values: list[Tensor] = []
+    for name, count in steps:
+        if count == 0:
+            values.append(inputs[name])
+        else:
+            operands = [values.pop() for _ in range(count)]
+            values.append(PRIMITIVES[name](*reversed(operands)))
+    return values[0]
+
+
 def elementwise(expr: Expr, inputs: Mapping[str, Tensor]) -> Tensor:
     """The value of `expr` over tensors that broadcast; differentiable, one kernel an operation."""
-    if expr.is_leaf:
-        return inputs[expr.name]
-    return PRIMITIVES[expr.op](*(elementwise(arg, inputs) for arg in expr.args))
+    return evaluate(postfix(expr), inputs)
 
 
 def _maximum(a: Tensor, b: Tensor | float) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import backend, relation_chunked
 from . import relation_reference as oracle
-from .elementwise import is_plain, is_transformed
+from .elementwise import is_decomposed, is_plain
 from .execute import DTYPES, HALVES, compute_dtype, in_memory
 from .loss_inputs import save, saved
 
@@ -83,7 +83,7 @@ def relation(
         raise ValueError("relation: b and teacher_b are given both, or neither")
     operands = (a, b, teacher_a, teacher_b, real)
     settings = (heads, temperature, divergence)
-    if is_transformed():
+    if is_decomposed():
         rows = oracle.relation(*operands, *settings)
         return rows if weights is None else (rows * weights).sum()
     if not is_plain([x for x in (*operands, weights) if x is not None]):

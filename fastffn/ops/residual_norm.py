@@ -11,11 +11,12 @@ gene's epilogue in front of it.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import UserError
 from . import backend, execute, row_kernel
 from . import residual_norm_reference as oracle
-from .elementwise import is_plain, is_transformed
+from .elementwise import is_decomposed, is_plain
 from .ffn_plan import COPY, COPY_GRADIENT
 
 _library = torch.library.Library("fastffn", "FRAGMENT")
@@ -54,11 +55,14 @@ def residual_norm(
     """
     _check(x, residual, weight, bias, dropout, seed)
     if dropout > 0 and seed is None:
-        seed = oracle.draw_seeds(x, 1)
+        if backend.is_portable():
+            x, dropout = F.dropout(x, dropout), 0.0
+        else:
+            seed = oracle.draw_seeds(x, 1)
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         residual = residual if residual.dtype == torch.float64 else residual.float()
-    if is_transformed():
+    if is_decomposed():
         seed = 0 if seed is None else seed
         return oracle.residual_norm(x, residual, weight, bias, dropout, eps, seed)
     operands = (x, residual, weight, bias, seed)
