@@ -6,8 +6,8 @@ import transformers
 from encoders import HEADS, KNOWN, LAYERS, WIDTH, batch, config, encoder
 
 from fastffn import capture
-from fastffn.distill.architectures import ARCHITECTURES, Encoder, find
 from fastffn.errors import UserError
+from fastffn.models.architectures import ARCHITECTURES, Encoder, find
 
 PARTIAL = {"mpnet", "deberta-v2"}  # scores are more than q k^T
 EAGER_ONLY = {*PARTIAL, "megatron-bert"}

@@ -6,11 +6,11 @@ from encoders import LAYERS, VOCABULARY, batch, encoder
 from student_checks import HEADED, NONE, TWO, Spec, headed, outputs, same
 
 from fastffn.distill import gene_files
-from fastffn.distill.architectures import Encoder
 from fastffn.distill.heads import Head
 from fastffn.distill.students import build_student
 from fastffn.errors import UserError
 from fastffn.expr.found import FoundGenes
+from fastffn.models.architectures import Encoder
 
 GENE = "1x3/2 down(gelu_erf(up(x)))"  # the FFN of `encoders.py`
 

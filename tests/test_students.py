@@ -10,7 +10,6 @@ import transformers
 from encoders import HEADS, KNOWN, LAYERS, VOCABULARY, WIDTH, batch, encoder
 from student_checks import HEADED, NONE, TWO, Spec, headed, outputs, same
 
-from fastffn.distill.architectures import Encoder
 from fastffn.distill.heads import Head
 from fastffn.distill.students import (
     build_student,
@@ -20,6 +19,7 @@ from fastffn.distill.students import (
     same_tokenizer,
 )
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
 

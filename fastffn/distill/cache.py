@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastffn.distill.architectures import Encoder
 from fastffn.distill.capture import capture
 from fastffn.distill.outputs import Output, OutputCache, model_fingerprint, padded, real_tokens
 from fastffn.distill.teacher import Teacher, sentence_vectors
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 _RELATED = ("q", "k", "v")
 

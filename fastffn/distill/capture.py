@@ -29,8 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastffn.distill.architectures import Encoder
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 _RELATED = ("q", "k", "v")
 _OF_ATTENTION = (*_RELATED, "scores")
@@ -73,7 +73,7 @@ def capture(
     the model is as it was. Captures of several models nest, and so do captures of one.
 
     Args:
-        model: a Hugging Face encoder that `fastffn.distill.architectures` knows (BERT, RoBERTa,
+        model: a Hugging Face encoder that `fastffn.models.architectures` knows (BERT, RoBERTa,
             XLM-R, DistilBERT, ELECTRA, MPNet, DeBERTa-v2, ModernBERT and some more), one of
             fastffn's, or a class of one's own that has BERT's modules under BERT's names; with
             any head; as it is or in DistributedDataParallel. DataParallel over several devices is

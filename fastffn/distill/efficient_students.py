@@ -15,11 +15,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from fastffn.distill.architectures import Encoder
 from fastffn.distill.gene_files import gene_texts
 from fastffn.distill.heads import Head, as_dtype, copy_head
 from fastffn.distill.layers import source_layers
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 _SIZE = ("max_stack", "max_width", "gated")
 # What a source fixes.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastffn.distill.architectures import Encoder, find, unwrapped
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder, find, unwrapped
 
 # kind -> the Auto class of transformers, problem_type in the configuration
 _KINDS = {

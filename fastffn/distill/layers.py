@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fastffn.distill.architectures import Encoder
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 # MiniLMv2 (2012.15828): (model_type, layers) -> the teacher's layer, counted from 1.
 _LARGE = {("bert", 24): 21, ("roberta", 24): 19, ("xlm-roberta", 24): 19}

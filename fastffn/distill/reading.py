@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastffn.data.inputs import model_inputs
-from fastffn.distill.architectures import unwrapped
 from fastffn.distill.capture import capture
 from fastffn.errors import UserError
+from fastffn.models.architectures import unwrapped
 
 LOGITS = "logits"
 _EMBEDDINGS = "embeddings"

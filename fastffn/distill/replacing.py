@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from fastffn.distill.architectures import Encoder
 from fastffn.distill.layers import layer_map
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from fastffn.distill.architectures import Encoder
 from fastffn.distill.reading import read
 from fastffn.distill.subnetworks import SubNetwork
 from fastffn.expr import Gene
+from fastffn.models.architectures import Encoder
 
 # What is read of the embeddings and the first attention.
 _COMMON = ("embeddings", "q.0", "k.0", "v.0", "scores.0")

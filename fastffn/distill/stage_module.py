@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fastffn.distill.architectures import Encoder
 from fastffn.distill.reading import LOGITS, read
 from fastffn.distill.replacing import Replacing
 from fastffn.distill.sharing import read_each
@@ -20,6 +19,7 @@ from fastffn.distill.stopwatch import Stopwatch
 from fastffn.distill.subnetworks import Sandwich
 from fastffn.distill.terms import Sizes, Term
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 
 def sizes(model: nn.Module) -> Sizes:

@@ -16,7 +16,6 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from fastffn.distill.architectures import parameter_names
 from fastffn.distill.checkpoints import damage, seal, writing
 from fastffn.distill.preparation import Prepared, origins, stage_seed
 from fastffn.distill.processes import Processes
@@ -28,6 +27,7 @@ from fastffn.distill.teaching import cached, runner
 from fastffn.errors import UserError
 from fastffn.evaluate.tasks import evaluate
 from fastffn.files import write_text_atomic
+from fastffn.models.architectures import parameter_names
 from fastffn.rundir import atomic_directory
 
 logger = logging.getLogger(__name__)

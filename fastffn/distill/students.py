@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastffn.distill.architectures import Encoder, find
 from fastffn.distill.efficient_students import efficient_student
 from fastffn.distill.heads import Head, as_dtype, copy_head, head_state
 from fastffn.distill.layers import source_layers
 from fastffn.distill.teacher import LOADING_ERRORS, first_line, load_tokenizer, locate, quiet
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder, find
 
 _PER_LAYER = ("layer_types", "genes")  # lists in configurations with one entry for each layer
 

