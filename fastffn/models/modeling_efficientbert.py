@@ -70,8 +70,8 @@ class EfficientBertEmbeddings(nn.Module):
         if self.trigram:
             if attention_mask is not None and attention_mask.dim() == 2:
                 words = words * attention_mask.unsqueeze(-1).to(words.dtype)
-            before, after = F.pad(words[:, :-1], (0, 0, 1, 0)), F.pad(words[:, 1:], (0, 0, 0, 1))
-            words = torch.cat((before, words, after), dim=-1)
+            around = F.pad(words, (0, 0, 1, 1))
+            words = torch.cat((around[:, :-2], words, around[:, 2:]), dim=-1)
         if self.projection is not None:
             words = self.projection(words)
         if position_ids is None:
