@@ -8,8 +8,6 @@ namespace {
 
 using fastffn::Divergence;
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
 template <class T>
 struct Head {
   int64_t tokens;

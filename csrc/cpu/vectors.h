@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kTileVectors = 4;  // of a tile of two rows: 16 accumulators of 32 registers
@@ -138,6 +140,20 @@ inline T largest(Vector<T> x) {
   return most;
 }
 
+// 2^(n + f), |f| <= 1/2, with the whole number n in the low bits of `whole`. Relative error within
+// 2e-7.
+inline __attribute__((always_inline)) Vector<float> exp2_of_parts(Vector<float> whole,
+                                                                  Vector<float> f) {
+  typedef VectorOf<float>::bits Bits;
+  Vector<float> p = f * 0.001326472032815218f + 0.00967151299118995f;
+  p = p * f + 0.05550733953714371f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+  return reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(p) +
+                                         (reinterpret_cast<Bits>(whole) << 23));
+}
+
 // 2^(x - shift) for x up to about shift, with an integral shift: it goes into the exponent, so that
 // no digit of x is lost. Results below 2^-125 (2^-1000 of doubles) become that. The usual
 // NaN and an infinite shift give NaN. Relative error within 2e-7.
@@ -148,19 +164,12 @@ struct ShiftedExp2 {
 
   inline __attribute__((always_inline)) Vector<T> operator()(Vector<T> x) const {
     if constexpr (sizeof(T) == 4) {
-      typedef typename VectorOf<T>::bits Bits;
       x = x < low ? low : x;
       // The constant leaves the nearest integer less the shift in the low bits of the sum, to be
       // added to an exponent.
       const Vector<T> shifted = x + round;
       const Vector<T> f = x - (shifted - round);
-      Vector<T> p = f * 0.001326472032815218f + 0.00967151299118995f;
-      p = p * f + 0.05550733953714371f;
-      p = p * f + 0.24022242426872253f;
-      p = p * f + 0.6931470036506653f;
-      p = p * f + 1.0f;
-      return reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(p) +
-                                         (reinterpret_cast<Bits>(shifted) << 23));
+      return exp2_of_parts(shifted, f);
     } else {
       Vector<T> y;
       for (int i = 0; i < kWidth<T>; ++i) {
