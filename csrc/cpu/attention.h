@@ -5,9 +5,9 @@
 // read or written, whatever lies before and behind it. Computed in float; bfloat16 is rounded on
 // the way out. Included only by *.isa.cpp.
 //
-// Queries go through in blocks of up to kQueries, keys in stretches whose scores stay in L1. The
-// sums of a row follow its largest score so far, so any length takes the same memory but for the
-// packed head.
+// Queries go through in blocks of up to kBlockQueries, keys in stretches whose scores stay in L1.
+// The sums of a row follow its largest score so far, so any length takes the same memory but for
+// the packed head.
 //
 // Why keys are transposed and not queries: a vector then holds scores of one query, and what is
 // wasted on lengths that are no multiple of a vector is wasted in one of the two products only.
@@ -18,7 +18,7 @@
 
 namespace {
 
-// Keys [panels][head][kPanel], values [keys][columns]. Lanes past the last key hold zeros.
+// Keys [panels][head][kKeyPanel], values [keys][columns]. Lanes past the last key hold zeros.
 struct PackedHead {
   const float* keys;
   const float* values;
@@ -29,7 +29,7 @@ struct PackedHead {
     return (head + kLanesOfScores - 1) / kLanesOfScores * kLanesOfScores;
   }
   static int64_t key_numbers(int64_t count, int64_t head) {
-    return (count + kPanel - 1) / kPanel * kPanel * head;
+    return (count + kKeyPanel - 1) / kKeyPanel * kKeyPanel * head;
   }
   static int64_t value_numbers(int64_t count, int64_t head) { return count * columns(head); }
 };
@@ -44,7 +44,7 @@ inline int64_t packed_head_size(int64_t keys, int64_t head) {
 // Floats that attend_packed works in: queries, results, and the scores of a stretch.
 inline int64_t attend_packed_workspace() {
   using A = Arena<float>;
-  return 2 * A::rounded(kQueries * kRow) + A::rounded(kQueries * kStretch);
+  return 2 * A::rounded(kBlockQueries * kHeadRow) + A::rounded(kBlockQueries * kStretch);
 }
 
 // Floats that attend works in.
@@ -98,12 +98,12 @@ void pack_keys(const In* k, int64_t k_row, int64_t count, int64_t head, float* t
   for (int64_t first = 0; first < count; first += W) {
     const int64_t keys = std::min<int64_t>(W, count - first);
     const In* from = k + first * k_row;
-    float* panel = to + first / kPanel * kPanel * head + first % kPanel;
+    float* panel = to + first / kKeyPanel * kKeyPanel * head + first % kKeyPanel;
     if (head < W) {
       for (int64_t c = 0; c < head; ++c) {
         Lanes column{};
         for (int64_t r = 0; r < keys; ++r) column[r] = widen(from[r * k_row + c]);
-        *reinterpret_cast<Lanes*>(panel + c * kPanel) = scaled<float>(column, 1.0f);
+        *reinterpret_cast<Lanes*>(panel + c * kKeyPanel) = scaled<float>(column, 1.0f);
       }
       continue;
     }
@@ -120,7 +120,7 @@ void pack_keys(const In* k, int64_t k_row, int64_t count, int64_t head, float* t
       transpose<float>(square);
 #pragma GCC unroll 16
       for (int j = 0; j < W; ++j)
-        *reinterpret_cast<Lanes*>(panel + (c + j) * kPanel) = scaled<float>(square[j], 1.0f);
+        *reinterpret_cast<Lanes*>(panel + (c + j) * kKeyPanel) = scaled<float>(square[j], 1.0f);
       if (c == head - W) break;
     }
   }
@@ -155,10 +155,10 @@ struct BiasRows {
 template <int R>
 inline void start_scores(const BiasRows& bias, int64_t first, int64_t keys, float* scores) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  for (int64_t j = 0; j < keys; j += kPanel, scores += R * kPanel) {
-    const int64_t here = std::min<int64_t>(kPanel, keys - j);
+  for (int64_t j = 0; j < keys; j += kKeyPanel, scores += R * kKeyPanel) {
+    const int64_t here = std::min<int64_t>(kKeyPanel, keys - j);
     for (int r = 0; r < R; ++r) {
-      float* row = scores + r * kPanel;
+      float* row = scores + r * kKeyPanel;
       if (bias.data && r < bias.queries) {
         const float* from = bias.data + r * bias.row + first + j;
         for (int64_t i = 0; i < here; ++i) {
@@ -167,7 +167,7 @@ inline void start_scores(const BiasRows& bias, int64_t first, int64_t keys, floa
       } else {
         for (int64_t i = 0; i < here; ++i) row[i] = 0;
       }
-      for (int64_t i = here; i < kPanel; ++i) row[i] = -kInfinity;
+      for (int64_t i = here; i < kKeyPanel; ++i) row[i] = -kInfinity;
     }
   }
 }
@@ -194,7 +194,7 @@ struct Scale {
 template <int R>
 void attend_block(const PackedHead& packed, const BiasRows& bias, const Scale& scale,
                   const float* queries, float* scores, float* results, float* sums) {
-  constexpr int V = kPanel / kLanesOfScores;
+  constexpr int V = kKeyPanel / kLanesOfScores;
   const int64_t head = packed.head, columns = PackedHead::columns(head);
   const ScaledExp2 power(scale.after);
   float peaks[R], factors[R];
@@ -202,13 +202,13 @@ void attend_block(const PackedHead& packed, const BiasRows& bias, const Scale& s
   for (int64_t first = 0; first < packed.count; first += kStretch) {
     const int64_t keys = std::min(kStretch, packed.count - first);
     const int64_t vectors = (keys + kLanesOfScores - 1) / kLanesOfScores;
-    const int64_t whole = bias.data ? 0 : keys / kPanel * kPanel;
+    const int64_t whole = bias.data ? 0 : keys / kKeyPanel * kKeyPanel;
     start_scores<R>(bias, first + whole, keys - whole, scores + whole * R);
 
     Lanes most[R];
     for (int r = 0; r < R; ++r) most[r] = all(peaks[r]);
     const float* panel = packed.keys + first * head;
-    for (int64_t j = 0; j < keys; j += kPanel, panel += kPanel * head) {
+    for (int64_t j = 0; j < keys; j += kKeyPanel, panel += kKeyPanel * head) {
       if (keys - j > kLanesOfScores)
         score_head<R, V>(queries, panel, head, j >= whole, scale.before, scores + j * R, most);
       else
@@ -233,7 +233,7 @@ void attend_block(const PackedHead& packed, const BiasRows& bias, const Scale& s
     if (peaks[r] == kLowest) sums[r] = __builtin_nanf("");
 }
 
-template <int R = kQueries>
+template <int R = kBlockQueries>
 inline void attend_rows(int64_t rows, const PackedHead& packed, const BiasRows& bias,
                         const Scale& scale, const float* queries, float* scores, float* results,
                         float* sums) {
@@ -253,26 +253,26 @@ void attend_packed(const PackedHead& packed, const In* q, int64_t q_row, const f
                    float* workspace) {
   const int64_t head = packed.head;
   Arena<float> arena(workspace);
-  float* const rows = arena.take(kQueries * kRow);
-  float* const results = arena.take(kQueries * kRow);
-  float* const scores = arena.take(kQueries * kStretch);
+  float* const rows = arena.take(kBlockQueries * kHeadRow);
+  float* const results = arena.take(kBlockQueries * kHeadRow);
+  float* const scores = arena.take(kBlockQueries * kStretch);
   if (packed.count == 0) {
     for (int64_t i = 0; i < queries; ++i)
       for (int64_t k = 0; k < head; ++k) out[i * out_row + k] = narrow<In>(0.0f);
     return;
   }
-  const int64_t blocks = (queries + kQueries - 1) / kQueries;
+  const int64_t blocks = (queries + kBlockQueries - 1) / kBlockQueries;
   const Scale factors(scale, bias);
   for (int64_t block = 0, first = 0; block < blocks; ++block) {
     const int64_t last = queries * (block + 1) / blocks, count = last - first;
     for (int64_t r = 0; r < count; ++r)
-      read_head(q + (first + r) * q_row, head, factors.of_query, rows + r * kRow);
-    if (count % 2) std::memset(rows + count * kRow, 0, head * sizeof(float));
-    float sums[kQueries];
+      read_head(q + (first + r) * q_row, head, factors.of_query, rows + r * kHeadRow);
+    if (count % 2) std::memset(rows + count * kHeadRow, 0, head * sizeof(float));
+    float sums[kBlockQueries];
     attend_rows(count, packed, {bias ? bias + first * bias_row : nullptr, bias_row, count}, factors,
                 rows, scores, results, sums);
     for (int64_t r = 0; r < count; ++r)
-      write_head(results + r * kRow, head, 1.0f / sums[r], out + (first + r) * out_row);
+      write_head(results + r * kHeadRow, head, 1.0f / sums[r], out + (first + r) * out_row);
     first = last;
   }
 }

@@ -1,10 +1,10 @@
 // What attention.h is made of: products in tiles that stay in registers, and the softmax between
 // them. Included only by *.isa.cpp.
 //
-// A block is kPanel keys against R queries. Keys lie in panels, transposed: [head size][kPanel].
-// Scores lie block by block, [blocks][R][kPanel], so that every address within a block is a
-// constant away from its beginning. Rows of queries and of results are kRow numbers apart for the
-// same reason. R is even: a block of fewer queries is filled up with zeros.
+// A block is kKeyPanel keys against R queries. Keys lie in panels, transposed: [head
+// size][kKeyPanel]. Scores lie block by block, [blocks][R][kKeyPanel], so that every address within
+// a block is a constant away from its beginning. Rows of queries and of results are kHeadRow
+// numbers apart for the same reason. R is even: a block of fewer queries is filled up with zeros.
 #pragma once
 
 #include <limits>
@@ -14,22 +14,24 @@
 namespace {
 
 constexpr int kLanesOfScores = kWidth<float>;
-constexpr int kPanel = 2 * kLanesOfScores;  // keys: two vectors for every number of a query
+constexpr int kKeyPanel = 2 * kLanesOfScores;  // keys: two vectors for every number of a query
 #if defined(__AVX512F__)
-constexpr int kQueries = 12;       // of a block at most: 24 accumulators of 32 registers
-constexpr int kAccumulators = 24;  // of a tile of results
+constexpr int kBlockQueries = 12;  // of a block at most: 24 accumulators of 32 registers
+constexpr int kResultSums = 24;    // of a tile of results
 constexpr int kResultVectors = 4;  // of a tile at most
 #else
-constexpr int kQueries = 6;  // 12 of 16 registers
-constexpr int kAccumulators = 12;
+constexpr int kBlockQueries = 6;  // 12 of 16 registers
+constexpr int kResultSums = 12;
 constexpr int kResultVectors = 2;
 #endif
 constexpr int64_t kMaxHead = 256;
-constexpr int64_t kRow = kMaxHead + 16;  // not a power of two: rows would share places in the cache
+constexpr int64_t kHeadRow =
+    kMaxHead + 16;  // not a power of two: rows would share places in the cache
 
-constexpr int64_t kPiece = 64;  // numbers of a head whose products are added up in one go
+constexpr int64_t kHeadPiece = 64;  // numbers of a head whose products are added up in one go
 
-// Keys whose scores are kept at a time, in L1 with the panels that stream by. A multiple of kPanel.
+// Keys whose scores are kept at a time, in L1 with the panels that stream by. A multiple of
+// kKeyPanel.
 constexpr int64_t kStretch = 512;
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -47,12 +49,12 @@ inline __attribute__((always_inline)) void score(const float* queries, const flo
     Lanes column[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      column[v] = load_vector(panel + k * kPanel + v * kLanesOfScores);
+      column[v] = load_vector(panel + k * kKeyPanel + v * kLanesOfScores);
       in_register(column[v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Lanes query = all(queries[r * kRow + k]);
+      const Lanes query = all(queries[r * kHeadRow + k]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += column[v] * query;
     }
@@ -61,7 +63,7 @@ inline __attribute__((always_inline)) void score(const float* queries, const flo
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Lanes* to = reinterpret_cast<Lanes*>(scores + r * kPanel) + v;
+      Lanes* to = reinterpret_cast<Lanes*>(scores + r * kKeyPanel) + v;
       if (started) sum[r][v] = sum[r][v] * factor + *to;
       *to = sum[r][v];
       if (most) most[r] = larger<float>(sum[r][v], most[r]);
@@ -75,11 +77,11 @@ inline __attribute__((always_inline)) void score_head(const float* queries, cons
                                                       int64_t head, bool started, float factor,
                                                       float* scores, Lanes* most) {
   for (bool last = false; !last; started = true) {
-    last = head <= kPiece + kPiece / 2;
-    const int64_t piece = last ? head : kPiece;
+    last = head <= kHeadPiece + kHeadPiece / 2;
+    const int64_t piece = last ? head : kHeadPiece;
     score<R, V>(queries, panel, piece, started, factor, scores, last ? most : nullptr);
     queries += piece;
-    panel += piece * kPanel;
+    panel += piece * kKeyPanel;
     head -= piece;
   }
 }
@@ -141,9 +143,9 @@ inline void exponentials(float* scores, int64_t vectors, const ScaledExp2& power
   for (int r = 0; r < R; ++r) {
     const Lanes peak = all(peaks[r]);
     Lanes even{}, odd{};
-    float* row = scores + r * kPanel;
+    float* row = scores + r * kKeyPanel;
     int64_t left = vectors;
-    for (; left >= 2; left -= 2, row += R * kPanel) {
+    for (; left >= 2; left -= 2, row += R * kKeyPanel) {
       Lanes* block = reinterpret_cast<Lanes*>(row);
       block[0] = power(block[0] - peak);
       block[1] = power(block[1] - peak);
@@ -167,8 +169,8 @@ inline __attribute__((always_inline)) void weigh_tile(const float* weights, int6
                                                       int64_t keys, const float* factors,
                                                       float* results) {
   Lanes sum[N][V] = {};
-  for (; keys > 0; keys -= kPanel, weights += block) {
-    const int64_t here = keys < kPanel ? keys : kPanel;
+  for (; keys > 0; keys -= kKeyPanel, weights += block) {
+    const int64_t here = keys < kKeyPanel ? keys : kKeyPanel;
     for (int64_t j = 0; j < here; ++j, values += columns) {
       Lanes row[V];
 #pragma GCC unroll 4
@@ -178,7 +180,7 @@ inline __attribute__((always_inline)) void weigh_tile(const float* weights, int6
       }
 #pragma GCC unroll 16
       for (int r = 0; r < N; ++r) {
-        const Lanes weight = all(weights[r * kPanel + j]);
+        const Lanes weight = all(weights[r * kKeyPanel + j]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[r][v] += row[v] * weight;
       }
@@ -188,7 +190,7 @@ inline __attribute__((always_inline)) void weigh_tile(const float* weights, int6
   for (int r = 0; r < N; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Lanes* to = reinterpret_cast<Lanes*>(results + r * kRow) + v;
+      Lanes* to = reinterpret_cast<Lanes*>(results + r * kHeadRow) + v;
       *to = factors ? *to * factors[r] + sum[r][v] : sum[r][v];
     }
   }
@@ -198,15 +200,15 @@ inline __attribute__((always_inline)) void weigh_tile(const float* weights, int6
 template <int R, int V>
 void weigh(const float* weights, const float* values, int64_t columns, int64_t keys,
            const float* factors, float* results) {
-  constexpr int kTiles = (R * V + kAccumulators - 1) / kAccumulators;
+  constexpr int kTiles = (R * V + kResultSums - 1) / kResultSums;
   constexpr int N = (R + kTiles - 1) / kTiles;
   int r = 0;
   for (; r + N <= R; r += N)
-    weigh_tile<N, V>(weights + r * kPanel, R * kPanel, values, columns, keys,
-                     factors ? factors + r : nullptr, results + r * kRow);
+    weigh_tile<N, V>(weights + r * kKeyPanel, R * kKeyPanel, values, columns, keys,
+                     factors ? factors + r : nullptr, results + r * kHeadRow);
   if constexpr (R % N != 0)
-    weigh_tile<R % N, V>(weights + r * kPanel, R * kPanel, values, columns, keys,
-                         factors ? factors + r : nullptr, results + r * kRow);
+    weigh_tile<R % N, V>(weights + r * kKeyPanel, R * kKeyPanel, values, columns, keys,
+                         factors ? factors + r : nullptr, results + r * kHeadRow);
 }
 
 // All columns of the values: `columns` is a multiple of a vector.
