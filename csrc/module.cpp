@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "attention_bindings.h"
 #include "bindings.h"
 #include "cpu/dispatch.h"
 #ifdef FASTFFN_CUDA
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_norm", &residual_norm);
   m.def("residual_norm_backward", &residual_norm_backward);
   m.def("relation", &relation);
+  bind_attention(m);
 #ifdef FASTFFN_CUDA
   bind_cuda(m);
 #endif

@@ -9,6 +9,7 @@
 
 #include <limits>
 
+#include "../attention.h"
 #include "panels.h"
 
 namespace {
@@ -24,9 +25,8 @@ constexpr int kBlockQueries = 6;  // 12 of 16 registers
 constexpr int kResultSums = 12;
 constexpr int kResultVectors = 2;
 #endif
-constexpr int64_t kMaxHead = 256;
 constexpr int64_t kHeadRow =
-    kMaxHead + 16;  // not a power of two: rows would share places in the cache
+    fastffn::kMaxHeadSize + 16;  // not a power of two: rows would share places in the cache
 
 constexpr int64_t kHeadPiece = 64;  // numbers of a head whose products are added up in one go
 

@@ -3,6 +3,7 @@
 // everything but `loops` has internal linkage (see math.h).
 #pragma once
 
+#include "../attention.h"
 #include "../elementwise.h"
 #include "../relation.h"
 #include "../residual_norm.h"
@@ -27,6 +28,7 @@ void summed_elementwise(const SummedElementwise& call);
 void residual_norm(const ResidualNormForward& call);
 void residual_norm_backward(const ResidualNormBackward& call);
 void relation(const Relation& call);
+void attention(const Attention& call);
 
 }  // namespace fastffn::FASTFFN_ISA
 

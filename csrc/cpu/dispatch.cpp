@@ -73,6 +73,8 @@ void run_residual_norm_backward(const ResidualNormBackward& call) {
 
 void run_relation(const Relation& call) { active().load()->variant->relation(call); }
 
+void run_attention(const Attention& call) { active().load()->variant->attention(call); }
+
 void run_function(std::string_view name, const float* from, float* to, int64_t n) {
   if (!active().load()->variant->function(std::string(name).c_str(), from, to, n)) {
     throw std::invalid_argument("unknown function " + std::string(name));

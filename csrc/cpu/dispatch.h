@@ -4,6 +4,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../attention.h"
 #include "../elementwise.h"
 #include "../relation.h"
 #include "../residual_norm.h"
@@ -16,6 +17,7 @@ void run_summed_elementwise(const SummedElementwise& call);
 void run_residual_norm(const ResidualNormForward& call);
 void run_residual_norm_backward(const ResidualNormBackward& call);
 void run_relation(const Relation& call);
+void run_attention(const Attention& call);
 
 // Name of the instruction set in use, and of all that this build holds and this processor runs.
 const char* active_isa();
@@ -35,6 +37,7 @@ struct Variant {
   void (*residual_norm)(const ResidualNormForward& call);
   void (*residual_norm_backward)(const ResidualNormBackward& call);
   void (*relation)(const Relation& call);
+  void (*attention)(const Attention& call);
   bool (*function)(const char* name, const float* from, float* to, int64_t n);
 };
 namespace baseline {

@@ -166,7 +166,7 @@ bool function(const char* name, const float* from, float* to, int64_t n) {
 
 namespace fastffn::FASTFFN_ISA {
 
-const Variant variant = {
-    elementwise, summed_elementwise, residual_norm, residual_norm_backward, relation, function};
+const Variant variant = {elementwise, summed_elementwise, residual_norm, residual_norm_backward,
+                         relation,    attention,          function};
 
 }  // namespace fastffn::FASTFFN_ISA
