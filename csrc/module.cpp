@@ -9,6 +9,7 @@
 #ifdef FASTFFN_CUDA
 #include "cuda/bindings.h"
 #endif
+#include "encoder_bindings.h"
 #include "program.h"
 
 namespace py = pybind11;
@@ -116,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_norm_backward", &residual_norm_backward);
   m.def("relation", &relation);
   bind_attention(m);
+  bind_encoder(m);
 #ifdef FASTFFN_CUDA
   bind_cuda(m);
 #endif

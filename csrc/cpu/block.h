@@ -5,6 +5,7 @@
 
 #include "../attention.h"
 #include "../elementwise.h"
+#include "../encoder.h"
 #include "../relation.h"
 #include "../residual_norm.h"
 #include "math.h"
@@ -29,6 +30,7 @@ void residual_norm(const ResidualNormForward& call);
 void residual_norm_backward(const ResidualNormBackward& call);
 void relation(const Relation& call);
 void attention(const Attention& call);
+void encode(const Encoding& call);
 
 }  // namespace fastffn::FASTFFN_ISA
 

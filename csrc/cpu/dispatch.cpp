@@ -75,6 +75,16 @@ void run_relation(const Relation& call) { active().load()->variant->relation(cal
 
 void run_attention(const Attention& call) { active().load()->variant->attention(call); }
 
+void run_encoder(const Encoding& call) { active().load()->variant->encode(call); }
+
+bool multiplies_halves() {
+#ifdef FASTFFN_HAVE_X86_ISA
+  return active().load()->variant == &avx512::variant && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void run_function(std::string_view name, const float* from, float* to, int64_t n) {
   if (!active().load()->variant->function(std::string(name).c_str(), from, to, n)) {
     throw std::invalid_argument("unknown function " + std::string(name));

@@ -6,6 +6,7 @@
 
 #include "../attention.h"
 #include "../elementwise.h"
+#include "../encoder.h"
 #include "../relation.h"
 #include "../residual_norm.h"
 
@@ -18,6 +19,10 @@ void run_residual_norm(const ResidualNormForward& call);
 void run_residual_norm_backward(const ResidualNormBackward& call);
 void run_relation(const Relation& call);
 void run_attention(const Attention& call);
+void run_encoder(const Encoding& call);
+
+// Whether products of bfloat16 numbers run with the instruction set in use.
+bool multiplies_halves();
 
 // Name of the instruction set in use, and of all that this build holds and this processor runs.
 const char* active_isa();
@@ -38,6 +43,7 @@ struct Variant {
   void (*residual_norm_backward)(const ResidualNormBackward& call);
   void (*relation)(const Relation& call);
   void (*attention)(const Attention& call);
+  void (*encode)(const Encoding& call);
   bool (*function)(const char* name, const float* from, float* to, int64_t n);
 };
 namespace baseline {

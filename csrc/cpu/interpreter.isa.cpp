@@ -167,6 +167,6 @@ bool function(const char* name, const float* from, float* to, int64_t n) {
 namespace fastffn::FASTFFN_ISA {
 
 const Variant variant = {elementwise, summed_elementwise, residual_norm, residual_norm_backward,
-                         relation,    attention,          function};
+                         relation,    attention,          encode,        function};
 
 }  // namespace fastffn::FASTFFN_ISA

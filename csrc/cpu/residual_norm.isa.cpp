@@ -21,21 +21,6 @@ using fastffn::ResidualNorm;
 using fastffn::ResidualNormBackward;
 using fastffn::ResidualNormForward;
 
-// Half a row at a time into sums of their own: one accumulator would wait for each addition.
-template <class T, class F>
-T sum_of(int64_t n, F term) {
-  const int64_t half = n / 2 & -kLanes;
-  T low = 0, high = 0, rest = 0;
-#pragma omp simd reduction(+ : low, high)
-  for (int64_t i = 0; i < half; ++i) {
-    low += term(i);
-    high += term(half + i);
-  }
-#pragma omp simd reduction(+ : rest)
-  for (int64_t i = 2 * half; i < n; ++i) rest += term(i);
-  return low + high + rest;
-}
-
 // Random bits of a row, 16 a column, as random.h says. `bits` has room for a multiple of 128.
 void random_row(uint16_t* bits, int64_t columns, int64_t row, uint64_t seed) {
   constexpr int64_t kCalls = 16;

@@ -87,6 +87,21 @@ class RowProgram {
   T* reg_[fastffn::kMaxRegisters];
 };
 
+// Half a row at a time into sums of their own: one accumulator would wait for each addition.
+template <class T, class F>
+T sum_of(int64_t n, F term) {
+  const int64_t half = n / 2 & -kLanes;
+  T low = 0, high = 0, rest = 0;
+#pragma omp simd reduction(+ : low, high)
+  for (int64_t i = 0; i < half; ++i) {
+    low += term(i);
+    high += term(half + i);
+  }
+#pragma omp simd reduction(+ : rest)
+  for (int64_t i = 2 * half; i < n; ++i) rest += term(i);
+  return low + high + rest;
+}
+
 template <class T>
 void add_to(T* sums, const T* values, int64_t n) {
 #pragma omp simd

@@ -1,0 +1,291 @@
+// An encoder's layers over the rows of all texts, without padding; compiled once per instruction
+// set.
+//
+// Rows need each other in attention only. So where the texts can be dealt out evenly, each thread
+// takes some texts through all layers by itself: nobody waits for anybody, and a text's activations
+// stay in the thread's cache. Where they cannot (one text, two threads) all threads go through the
+// layers together, each with a share of the rows, and wait once a layer, when keys and values are
+// there.
+//
+// After attention a row goes to the end of its layer in blocks of kBlockRows rows: products,
+// programs and norms of a block find each other's results in L2, weights stream by from L3.
+
+#include "../encoder.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "attention.h"
+#include "dispatch.h"
+#include "embedding.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace {
+
+using fastffn::Encoder;
+using fastffn::Encoding;
+using fastffn::Layer;
+using fastffn::Norm;
+using fastffn::Segment;
+using fastffn::Source;
+using fastffn::Unit;
+using fastffn::whole_panels;
+
+constexpr int64_t kBlockRows = 96;  // eight tiles of twelve
+constexpr int64_t kFewRows = 32;    // below, weights are read too often for the work
+constexpr double kEvenly = 1.15;    // of texts dealt out: the longest share over the mean
+
+// Texts that one thread takes through the layers together.
+struct Group {
+  int64_t first, last;  // texts
+};
+
+// One thread's buffers, and the parts of a layer over a range of rows.
+class Worker {
+ public:
+  // most: rows of keys and values at a time; 0 if they are everybody's. rows: that it attends to.
+  Worker(const Encoding& call, int64_t most, int64_t rows)
+      : call_(call),
+        encoder_(*call.encoder),
+        hidden_(encoder_.hidden),
+        columns_(whole_panels(hidden_)),
+        widest_(encoder_.widest()),
+        longest_(0),
+        own_qkv(allocate<float>(most * 3 * columns_ + kLanes)),
+        context_(allocate<float>(rows * columns_ + kLanes)),
+        first_(allocate<float>(kBlockRows * widest_ + kLanes)),
+        second_(allocate<float>(kBlockRows * columns_ + kLanes)),
+        prologue_(allocate<float>(kBlockRows * columns_ + kLanes)),
+        row_(allocate<float>(columns_ + kLanes)),
+        product_(kBlockRows, std::max(columns_, widest_), encoder_.half),
+        embedder_(call, kBlockRows) {
+    for (int64_t text = 0; text < call.texts; ++text)
+      longest_ = std::max(longest_, call.starts[text + 1] - call.starts[text]);
+    attention_ = allocate<float>(attend_workspace(longest_, encoder_.head_size));
+    int64_t registers = 0;
+    for (const auto& layer : encoder_.layers)
+      for (const Unit& unit : layer->units)
+        for (const Segment* segment : {&unit.prologue, &unit.middle, &unit.epilogue})
+          if (segment->program)
+            registers = std::max(registers, RowProgram<float>::memory_size(
+                                                segment->program->code(),
+                                                segment == &unit.middle ? unit.width : hidden_));
+    registers_ = allocate<float>(registers + kLanes);
+    std::fill_n(registers_.get(), registers + kLanes, 0.0f);
+  }
+
+  // The rows' embeddings, if the call gives tokens.
+  void embed(int64_t first, int64_t last) {
+    if (!call_.ids) return;
+    for (int64_t at = first; at < last; at += kBlockRows)
+      embedder_.run(at, std::min(at + kBlockRows, last));
+  }
+
+  // `qkv`: where row 0 of the call would be; its rows are 3 * columns wide.
+  void project(const Layer& layer, float* qkv, int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; at += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, last - at);
+      product_(call_.hidden + at * hidden_, hidden_, layer.qkv, qkv + at * 3 * columns_,
+               3 * columns_, rows);
+    }
+  }
+
+  // Rows [first, last) to the end of the layer; `qkv` holds all rows of their texts.
+  void finish(const Layer& layer, const float* qkv, int64_t first, int64_t last) {
+    mix(layer, qkv, first, last);
+    for (int64_t at = first; at < last; at += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, last - at);
+      float* h = call_.hidden + at * hidden_;
+      product_(context_.get() + (at - first) * columns_, columns_, layer.output, second_.get(),
+               columns_, rows);
+      normalise(nullptr, layer.norm, h, rows);
+      for (const Unit& unit : layer.units) feed_forward(unit, h, rows);
+    }
+  }
+
+ private:
+  void mix(const Layer& layer, const float* qkv, int64_t first, int64_t last) {
+    const int64_t row = 3 * columns_, size = encoder_.head_size;
+    const int64_t* starts = call_.starts;
+    int64_t text = std::upper_bound(starts, starts + call_.texts + 1, first) - starts - 1;
+    for (; text < call_.texts && starts[text] < last; ++text) {
+      const int64_t begin = starts[text], keys = starts[text + 1] - begin;
+      const int64_t from = std::max(first, begin), to = std::min(last, begin + keys);
+      if (from >= to) continue;
+      for (int64_t head = 0; head < encoder_.heads; ++head) {
+        const float* q = qkv + from * row + head * size;
+        const float* k = qkv + begin * row + columns_ + head * size;
+        const float* bias = nullptr;
+        if (call_.bias)
+          bias = call_.bias + (head * call_.bias_length + from - begin) * call_.bias_length;
+        attend(q, row, k, row, k + columns_, row, bias, call_.bias_length,
+               context_.get() + (from - first) * columns_ + head * size, columns_, to - from, keys,
+               size, layer.scale, attention_.get());
+      }
+    }
+  }
+
+  void feed_forward(const Unit& unit, float* h, int64_t rows) {
+    const float* x = h;
+    int64_t x_row = hidden_;
+    if (unit.prologue.program) {
+      run(unit.prologue, hidden_, h, rows, prologue_.get(), columns_);
+      x = prologue_.get();
+      x_row = columns_;
+    }
+    product_(x, x_row, unit.first, first_.get(), widest_, rows);
+    if (unit.middle.program) run(unit.middle, unit.width, h, rows, first_.get(), widest_, &unit);
+    product_(first_.get(), widest_, unit.second, second_.get(), columns_, rows);
+    normalise(&unit.epilogue, unit.norm, h, rows);
+  }
+
+  Matrix source(Source which, const float* h, const Unit* unit) const {
+    const auto dense = [](const float* data, int64_t row) {
+      return Matrix{reinterpret_cast<char*>(const_cast<float*>(data)), DType::kFloat32, row, 1};
+    };
+    switch (which) {
+      case Source::kFirst:
+        return dense(first_.get(), widest_);
+      case Source::kGate:
+        return dense(first_.get() + unit->first.starts[1], widest_);
+      case Source::kSecond:
+        return dense(second_.get(), columns_);
+      case Source::kInput:
+        break;
+    }
+    return dense(h, hidden_);
+  }
+
+  // Runs the Program over `columns` columns of each row; `out` may be a source, as it is read
+  // first.
+  void run(const Segment& segment, int64_t columns, const float* h, int64_t rows, float* out,
+           int64_t out_row, const Unit* unit = nullptr) {
+    Matrix inputs[fastffn::kMaxOperands];
+    for (size_t k = 0; k < segment.sources.size(); ++k)
+      inputs[k] = source(segment.sources[k], h, unit);
+    RowProgram<float> program(segment.program->code(), inputs, rows, columns, registers_.get());
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t column = 0; column < columns; column += program.length) {
+        const int64_t n = std::min(program.length, columns - column);
+        program.run(r, column, n);
+        std::memcpy(out + r * out_row + column, program.result(0), n * sizeof(float));
+      }
+  }
+
+  // h = LayerNorm(h + epilogue(second, h)), row by row.
+  void normalise(const Segment* epilogue, const Norm& norm, float* h, int64_t rows) {
+    const float* value = second_.get();
+    if (epilogue && epilogue->program) run(*epilogue, hidden_, h, rows, second_.get(), columns_);
+    const int64_t n = hidden_;
+    float* s = row_.get();
+    for (int64_t r = 0; r < rows; ++r, value += columns_, h += n) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) s[i] = h[i] + value[i];
+      layer_norm(s, n, norm, h);
+    }
+  }
+
+  const Encoding& call_;
+  const Encoder& encoder_;
+  const int64_t hidden_, columns_, widest_;
+  int64_t longest_;
+
+ public:
+  const Memory<float> own_qkv;
+
+ private:
+  const Memory<float> context_, first_, second_, prologue_, row_;
+  Memory<float> attention_, registers_;
+  Product product_;
+  Embedder embedder_;
+};
+
+// Texts in groups of about `rows` rows.
+std::vector<Group> groups_of(const Encoding& call, int64_t rows) {
+  std::vector<Group> groups;
+  for (int64_t text = 0; text < call.texts;) {
+    const int64_t first = text;
+    while (text < call.texts && call.starts[text] - call.starts[first] < rows) ++text;
+    groups.push_back({first, text});
+  }
+  return groups;
+}
+
+int64_t rows_of(const Encoding& call, const Group& group) {
+  return call.starts[group.last] - call.starts[group.first];
+}
+
+// Whether the groups keep all threads busy, each next group going to who is free first.
+bool even(const Encoding& call, const std::vector<Group>& groups, int threads, int64_t tokens) {
+  std::vector<int64_t> load(threads);
+  for (const Group& group : groups)
+    *std::min_element(load.begin(), load.end()) += rows_of(call, group);
+  return *std::max_element(load.begin(), load.end()) * threads <= tokens * kEvenly;
+}
+
+void by_texts(const Encoding& call, const std::vector<Group>& groups, int threads) {
+  int64_t most = 0;
+  for (const Group& group : groups) most = std::max(most, rows_of(call, group));
+  const Encoder& encoder = *call.encoder;
+  const int64_t row = 3 * whole_panels(encoder.hidden);
+#pragma omp parallel num_threads(threads)
+  {
+    Worker worker(call, most, most);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const int64_t first = call.starts[groups[g].first], last = call.starts[groups[g].last];
+      float* qkv = worker.own_qkv.get() - first * row;
+      worker.embed(first, last);
+      for (const int index : encoder.order) {
+        const Layer& layer = *encoder.layers[index];
+        worker.project(layer, qkv, first, last);
+        worker.finish(layer, qkv, first, last);
+      }
+    }
+  }
+}
+
+void by_rows(const Encoding& call, int threads, int64_t tokens) {
+  const Encoder& encoder = *call.encoder;
+  const int64_t size = tokens * 3 * whole_panels(encoder.hidden);
+  // Two, by turns: a thread may be in the next layer while another still reads this one's keys.
+  const Memory<float> buffers[2] = {allocate<float>(size + kLanes), allocate<float>(size + kLanes)};
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t count = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t first = tokens * me / count, last = tokens * (me + 1) / count;
+    Worker worker(call, 0, last - first);
+    int turn = 0;
+    worker.embed(first, last);
+    for (const int index : encoder.order) {
+      const Layer& layer = *encoder.layers[index];
+      float* qkv = buffers[turn ^= 1].get();
+      worker.project(layer, qkv, first, last);
+#pragma omp barrier
+      worker.finish(layer, qkv, first, last);
+    }
+  }
+}
+
+}  // namespace
+
+namespace fastffn::FASTFFN_ISA {
+
+void encode(const Encoding& call) {
+  const int64_t tokens = call.starts[call.texts];
+  if (!tokens) return;
+  const int threads =
+      static_cast<int>(std::clamp<int64_t>(call.threads, 1, (tokens + kTileRows - 1) / kTileRows));
+  const int64_t share = tokens / (4 * threads);
+  const auto groups = groups_of(call, std::clamp(share, kFewRows, 2 * kBlockRows));
+  if (even(call, groups, threads, tokens))
+    by_texts(call, groups, threads);
+  else
+    by_rows(call, threads, tokens);
+}
+
+}  // namespace fastffn::FASTFFN_ISA

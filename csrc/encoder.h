@@ -1,0 +1,98 @@
+// A BERT-like encoder for inference, as one call: what fastffn/serve packs from a model's layers.
+//
+//   h [tokens, H] -> L x ( a = LayerNorm(h + out(attention(h)));
+//                          h = a; for each unit: h = LayerNorm(h + epilogue(down(middle(up(h))))) )
+//
+// Tokens are those of all texts one after the other, without padding. Weights are packed once, in
+// float or in bfloat16; sums, the residual stream, attention, elementwise programs and norms are in
+// float either way.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "packed.h"
+#include "program.h"
+
+namespace fastffn {
+
+// What a Program of a unit reads.
+enum class Source : uint8_t { kFirst, kGate, kInput, kSecond };  // z1, zg, x, z2
+
+struct Segment {
+  std::unique_ptr<Program> program;  // null: the first source as it is
+  std::vector<Source> sources;
+};
+
+struct Norm {
+  std::vector<float> weight, bias;  // [H]; ones and zeros where the model has none
+  float eps;
+};
+
+// A feed-forward unit, see fastffn/ops/ffn.py.
+struct Unit {
+  PackedLinear first;   // up, or up and gate
+  PackedLinear second;  // down
+  int64_t width;        // I
+  Segment prologue, middle, epilogue;
+  Norm norm;
+};
+
+struct Layer {
+  PackedLinear qkv;
+  PackedLinear output;
+  float scale;  // of the scores
+  Norm norm;
+  std::vector<Unit> units;
+};
+
+// What a token begins with: LayerNorm(word + position + segment), of the width E of the tables.
+//
+// `before`: words are of another width and projected to E first; with `trigram` each together with
+// its neighbours, zeros beyond the ends of a text. `after`: the normalised sum is projected from E
+// to H. Tables are not copied.
+struct Embeddings {
+  const float* words = nullptr;  // [vocabulary, width]; null: the caller gives the hidden states
+  int64_t vocabulary = 0;
+  int64_t width = 0;
+  bool trigram = false;
+  PackedLinear before, after;        // no panels: none
+  const float* positions = nullptr;  // [places, E]
+  int64_t places = 0;
+  int64_t first_place = 0;          // of a text's first token
+  const float* segments = nullptr;  // [kinds, E], or null
+  int64_t kinds = 0;
+  Norm norm;
+
+  int64_t sum_width() const { return norm.weight.size(); }  // E
+};
+
+struct Encoder {
+  int64_t hidden;
+  int64_t heads;
+  int64_t head_size;
+  bool half;  // bfloat16 weights
+  Embeddings embeddings;
+  std::vector<std::unique_ptr<Layer>> layers;
+  std::vector<int> order;  // of the layers, some more than once if weights are shared
+
+  // The widest first product of all units, in columns.
+  int64_t widest() const;
+};
+
+// One forward.
+struct Encoding {
+  const Encoder* encoder;
+  const int64_t* ids;     // [tokens], or null: `hidden` holds the embeddings
+  const int64_t* kinds;   // [tokens], the segments; null: all 0
+  float* hidden;          // [tokens, H], contiguous: (read and) overwritten
+  const int64_t* starts;  // [texts + 1], rising from 0 to the number of tokens
+  int64_t texts;
+  const float* bias;  // added to the scores, [heads, bias_length, bias_length]; null: none
+  int64_t bias_length;
+  int threads;
+};
+
+}  // namespace fastffn

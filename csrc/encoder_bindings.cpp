@@ -1,0 +1,204 @@
+#include "encoder_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "cpu/dispatch.h"
+#include "encoder.h"
+
+namespace py = pybind11;
+
+namespace fastffn {
+
+int64_t Encoder::widest() const {
+  int64_t most = 0;
+  for (const auto& layer : layers)
+    for (const Unit& unit : layer->units) most = std::max(most, unit.first.columns());
+  return most;
+}
+
+namespace {
+
+// Addresses of contiguous fp32 tensors; 0: absent.
+using LinearTuple = std::tuple<uintptr_t, uintptr_t, int64_t>;               // weight, bias, n
+using NormTuple = std::tuple<uintptr_t, uintptr_t, float>;                   // weight, bias, eps
+using SegmentTuple = std::pair<std::optional<py::bytes>, std::vector<int>>;  // program, sources
+// first product's parts, second's, I, prologue, middle, epilogue, norm
+using UnitTuple = std::tuple<std::vector<LinearTuple>, LinearTuple, int64_t, SegmentTuple,
+                             SegmentTuple, SegmentTuple, NormTuple>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+PackedLinear linear(const std::vector<LinearTuple>& parts, int64_t k, bool half) {
+  std::vector<LinearPart> given;
+  for (const auto& [weight, bias, n] : parts) {
+    require(weight && n > 0 && k > 0, "encoder: a linear layer without weights");
+    given.push_back({floats(weight), floats(bias), n});
+  }
+  return PackedLinear(given, k, half);
+}
+
+Norm norm(const NormTuple& tuple, int64_t n) {
+  const auto& [weight, bias, eps] = tuple;
+  const auto copy = [n](uintptr_t from, float absent) {
+    return from ? std::vector<float>(floats(from), floats(from) + n)
+                : std::vector<float>(n, absent);
+  };
+  return {copy(weight, 1), copy(bias, 0), eps};
+}
+
+Segment segment(const SegmentTuple& tuple, std::initializer_list<Source> allowed) {
+  const auto& [packed, sources] = tuple;
+  Segment result;
+  if (packed) result.program = std::make_unique<Program>(std::string_view(*packed));
+  for (const int source : sources) {
+    const auto known = std::find(allowed.begin(), allowed.end(), static_cast<Source>(source));
+    require(known != allowed.end(), "encoder: a segment reads what is not there");
+    result.sources.push_back(*known);
+  }
+  if (packed) {
+    const Code& code = result.program->code();
+    require(static_cast<size_t>(code.inputs) == sources.size() && code.outputs == 1,
+            "encoder: a segment's inputs");
+    require(code.inputs < kMaxOperands && code.registers <= kMaxRegisters,
+            "encoder: a program too large");
+  }
+  return result;
+}
+
+// Throws std::out_of_range for what would be read outside of a table.
+void check(const Encoding& call) {
+  const Embeddings& table = call.encoder->embeddings;
+  require(!call.ids || table.words, "encoder: no embeddings");
+  const auto inside = [](const char* what, int64_t value, int64_t count) {
+    if (value < 0 || value >= count)
+      throw std::out_of_range(std::string(what) + " " + std::to_string(value) + ": the model has " +
+                              std::to_string(count));
+  };
+  for (int64_t text = 0; text < call.texts; ++text) {
+    const int64_t length = call.starts[text + 1] - call.starts[text];
+    require(length >= 0, "encoder: starts fall");
+    if (call.ids && length) inside("position", table.first_place + length - 1, table.places);
+    if (call.bias) inside("position", length - 1, call.bias_length);
+  }
+  if (!call.ids) return;
+  for (int64_t row = 0; row < call.starts[call.texts]; ++row) {
+    inside("token", call.ids[row], table.vocabulary);
+    if (call.kinds && table.segments) inside("segment", call.kinds[row], table.kinds);
+  }
+}
+
+class PyEncoder {
+ public:
+  PyEncoder(int64_t hidden, int64_t heads, int64_t head_size, bool half) {
+    require(hidden > 0 && heads > 0 && heads * head_size == hidden, "encoder: heads");
+    require(!half || multiplies_halves(), "encoder: this processor multiplies no bfloat16");
+    encoder_.hidden = hidden;
+    encoder_.heads = heads;
+    encoder_.head_size = head_size;
+    encoder_.half = half;
+  }
+
+  // A layer after those that are there; returns its number.
+  size_t add_layer(const std::vector<LinearTuple>& qkv, const LinearTuple& output, float scale,
+                   const NormTuple& attention_norm, const std::vector<UnitTuple>& units) {
+    const int64_t hidden = encoder_.hidden;
+    const bool half = encoder_.half;
+    require(qkv.size() == 3, "encoder: query, key and value");
+    auto layer = std::make_unique<Layer>();
+    layer->qkv = linear(qkv, hidden, half);
+    layer->output = linear({output}, hidden, half);
+    layer->scale = scale;
+    layer->norm = norm(attention_norm, hidden);
+    for (const auto& [first, second, width, prologue, middle, epilogue, unit_norm] : units) {
+      require(first.size() == 1 || first.size() == 2, "encoder: up, or up and gate");
+      require(std::get<2>(second) == hidden, "encoder: the second product's width");
+      Unit unit;
+      unit.first = linear(first, hidden, half);
+      unit.second = linear({second}, width, half);
+      unit.width = width;
+      unit.prologue = segment(prologue, {Source::kInput});
+      unit.middle = first.size() == 2
+                        ? segment(middle, {Source::kFirst, Source::kGate, Source::kInput})
+                        : segment(middle, {Source::kFirst, Source::kInput});
+      unit.epilogue = segment(epilogue, {Source::kSecond, Source::kInput});
+      unit.norm = norm(unit_norm, hidden);
+      layer->units.push_back(std::move(unit));
+    }
+    encoder_.layers.push_back(std::move(layer));
+    encoder_.order.push_back(static_cast<int>(encoder_.layers.size()) - 1);
+    return encoder_.layers.size() - 1;
+  }
+
+  void repeat_layer(size_t index) {
+    require(index < encoder_.layers.size(), "encoder: no such layer");
+    encoder_.order.push_back(static_cast<int>(index));
+  }
+
+  // Tables are not copied: the caller keeps them. first: position of a text's first token.
+  void set_embeddings(uintptr_t words, int64_t vocabulary, int64_t width, bool trigram,
+                      const std::optional<LinearTuple>& before, uintptr_t positions, int64_t places,
+                      int64_t first, uintptr_t segments, int64_t kinds, const NormTuple& sum_norm,
+                      const std::optional<LinearTuple>& after) {
+    Embeddings& to = encoder_.embeddings;
+    require(words && positions && vocabulary > 0 && width > 0, "encoder: no embeddings");
+    require(before || !trigram, "encoder: trigrams are projected");
+    const int64_t input = trigram ? 3 * width : width, sum = before ? std::get<2>(*before) : width;
+    require(after ? std::get<2>(*after) == encoder_.hidden : sum == encoder_.hidden,
+            "encoder: embeddings of another width");
+    to.words = floats(words);
+    to.vocabulary = vocabulary;
+    to.width = width;
+    to.trigram = trigram;
+    if (before) to.before = linear({*before}, input, encoder_.half);
+    if (after) to.after = linear({*after}, sum, encoder_.half);
+    to.positions = floats(positions);
+    to.places = places;
+    to.first_place = first;
+    to.segments = floats(segments);
+    to.kinds = kinds;
+    to.norm = norm(sum_norm, sum);
+  }
+
+  // ids, kinds, starts: int64; see Encoding. bias 0: none; ids 0: `hidden` is the input.
+  void run(uintptr_t ids, uintptr_t kinds, uintptr_t hidden, uintptr_t starts, int64_t texts,
+           int threads, uintptr_t bias, int64_t bias_length) const {
+    const auto numbers = [](uintptr_t address) {
+      return reinterpret_cast<const int64_t*>(address);
+    };
+    const Encoding call{
+        &encoder_,       numbers(ids), numbers(kinds), reinterpret_cast<float*>(hidden),
+        numbers(starts), texts,        floats(bias),   bias_length,
+        threads};
+    py::gil_scoped_release release;
+    check(call);
+    run_encoder(call);
+  }
+
+ private:
+  Encoder encoder_;
+};
+
+}  // namespace
+
+void bind_encoder(py::module_& m) {
+  py::class_<PyEncoder>(m, "Encoder")
+      .def(py::init<int64_t, int64_t, int64_t, bool>())
+      .def("add_layer", &PyEncoder::add_layer)
+      .def("repeat_layer", &PyEncoder::repeat_layer)
+      .def("set_embeddings", &PyEncoder::set_embeddings)
+      .def("run", &PyEncoder::run);
+  m.def("multiplies_halves", &multiplies_halves);
+}
+
+}  // namespace fastffn
