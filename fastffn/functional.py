@@ -1,5 +1,6 @@
 """The ops as functions: `fastffn.functional.elementwise(...)` and its neighbours."""
 
+from .ops.attention import ragged_attention
 from .ops.elementwise import elementwise
 from .ops.ffn import ffn
 from .ops.hidden_mse import hidden_mse
@@ -14,6 +15,7 @@ __all__ = [
     "elementwise",
     "ffn",
     "hidden_mse",
+    "ragged_attention",
     "relation_kl",
     "relation_loss",
     "residual_norm",
