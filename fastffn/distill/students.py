@@ -161,21 +161,26 @@ def check_vocabulary(model: nn.Module, tokenizer: object) -> None:
 
 
 def check_positions(model: nn.Module, max_length: int) -> None:
-    """Raises a UserError if texts of `max_length` tokens are longer than the model's positions.
+    """Raises a UserError if texts of `max_length` tokens are longer than the model's positions."""
+    base = Encoder(model).base
+    number = positions(base)
+    if number is not None and max_length > number:
+        raise UserError(
+            f"max_length {max_length} is longer than the {number} positions "
+            f"of {type(base).__name__}: set it to {number} or less"
+        )
+
+
+def positions(encoder: nn.Module) -> int | None:
+    """How many tokens of a text an encoder has positions for.
 
     RoBERTa and its kin number positions from the padding's index on and have as many fewer for
     tokens. Encoders without a table of positions (ModernBERT, most of DeBERTa) have no such limit.
     """
-    base = Encoder(model).base
-    table = find(base, "embeddings.position_embeddings")
+    table = find(encoder, "embeddings.position_embeddings")
     if not isinstance(table, nn.Embedding):
-        return
-    offset = 0 if table.padding_idx is None else table.padding_idx + 1
-    if max_length > table.num_embeddings - offset:
-        raise UserError(
-            f"max_length {max_length} is longer than the {table.num_embeddings - offset} positions "
-            f"of {type(base).__name__}: set it to {table.num_embeddings - offset} or less"
-        )
+        return None
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def _layers_of(source: nn.Module, spec: object, head: Head) -> nn.Module:

@@ -81,16 +81,20 @@ def load_teacher(name_or_dir: str | Path | None = None) -> Teacher:
         tokenizer = load_tokenizer(directory, model, f"teacher {name}")
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    return Teacher(model.eval().requires_grad_(False), tokenizer, origin, _pooling(directory, name))
+    pooling = read_pooling(directory, name)
+    return Teacher(model.eval().requires_grad_(False), tokenizer, origin, pooling)
 
 
-def sentence_vectors(hidden: Tensor, attention_mask: Tensor, pooling: str = "mean") -> Tensor:
+def sentence_vectors(
+    hidden: Tensor, attention_mask: Tensor, pooling: str = "mean", unit: bool = True
+) -> Tensor:
     """Pools the last hidden states into unit vectors.
 
     Args:
         hidden: [batch, length, width].
         attention_mask: [batch, length], non-zero at real tokens; padding may hold anything.
         pooling: "mean" over real tokens or "cls", the first real token.
+        unit: make them of length 1.
 
     Returns:
         [batch, width] of Euclidean length 1 (0 for an example without tokens).
@@ -104,7 +108,7 @@ def sentence_vectors(hidden: Tensor, attention_mask: Tensor, pooling: str = "mea
         vectors = torch.where(real.unsqueeze(-1), hidden, 0).sum(dim=1) / count
     else:
         raise UserError(f"pooling {pooling!r} is unknown: choose mean or cls")
-    return normalize(vectors, dim=-1)
+    return normalize(vectors, dim=-1) if unit else vectors
 
 
 def locate(name_or_dir: str | Path | None, role: str = "teacher") -> tuple[Path, str]:
@@ -204,7 +208,7 @@ def load_tokenizer(directory: Path, model: nn.Module, what: str):
     return tokenizer
 
 
-def _pooling(directory: Path, name: str) -> str:
+def read_pooling(directory: Path, name: str) -> str:
     """What sentence-transformers' pooling module says; mean where there is none."""
     path = directory / "1_Pooling" / "config.json"
     if not path.is_file():
