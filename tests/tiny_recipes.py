@@ -4,12 +4,12 @@ A run takes a second or two. Processes are forked from a server that has importe
 that starting one costs next to nothing.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from distributed_checks import group_threads
 from safetensors.torch import load_file
 from tiny_teacher import WORDS, save_teacher, write_text
+from torch.distributed import TCPStore
 
 from fastffn.cli import main
 from fastffn.distill.recipe import Recipe, read
@@ -218,15 +220,15 @@ def spawn(what: Recipe, out: Path, die_at: int | float | None = None, processes:
         The exit status of the first; -9 if it was killed. What it said is in `out`.log, when it
         touched which file in `out`.touched, see `touched`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As torchrun does: where processes meet is here, so that its port is theirs from the beginning.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yaml = Path(f"{out}.yaml")
     yaml.write_text(what.to_yaml(), encoding="utf-8")
     started = []
     for rank in range(processes):
         distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-        distributed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        distributed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        distributed |= {"TORCHELASTIC_USE_AGENT_STORE": True}
         environment = {name: str(value) for name, value in distributed.items()}
         arguments = (yaml, out, environment if processes > 1 else {}, None if rank else die_at)
         started.append(_FORK.Process(target=_run, args=arguments))
@@ -259,6 +261,9 @@ def _run(yaml: Path, out: Path, environment: dict[str, str], die_at: int | float
     watch = _Watch(out, die_at)
     sys.addaudithook(watch)
     status = main(["distill", str(yaml), "--out", str(out)])
+    if status == 0 and environment:
+        atexit._run_exitfuncs()  # a forked process would end without
+        assert not group_threads()
     if status == 0 and environment.get("RANK", "0") == "0":
         Path(f"{out}.touched").write_text(json.dumps(watch.seen))
     sys.exit(status)

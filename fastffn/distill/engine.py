@@ -102,7 +102,7 @@ def run(
             _save_students(directory, made)
         write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
     directory.finish(report)
-    processes.wait()
+    processes.done()
     return report
 
 
