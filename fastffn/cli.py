@@ -21,7 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import fastffn
-from fastffn.commands import distill, search
+from fastffn.commands import bench, distill, search
 from fastffn.errors import ExprError, UserError
 
 _BAD_INPUT, _DEFECT, _INTERRUPTED, _CLOSED_PIPE = 2, 1, 130, 141
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _joined(argv: Sequence[str]) -> list[str]:
     """The arguments, with a command of two words as one."""
     name = " ".join(argv[:2])
-    return [name, *argv[2:]] if name in search.TWO_WORDS else list(argv)
+    return [name, *argv[2:]] if name in (*bench.TWO_WORDS, *search.TWO_WORDS) else list(argv)
 
 
 def _guarded(arguments: argparse.Namespace) -> int:
@@ -189,26 +189,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    import subprocess
-
-    root = Path(fastffn.__file__).resolve().parent.parent
-    if not (root / "bench" / "__main__.py").is_file():
-        raise UserError(
-            "bench needs a source checkout of fastffn: clone it and run `make bench` there"
-        )
-    if util.find_spec("pytest_benchmark") is None:
-        raise UserError(_absent(["pytest-benchmark"], "test"))
-    result = Path("runs") / "bench" / "latest.json"
-    (root / result.parent).mkdir(parents=True, exist_ok=True)
-    tests = [sys.executable, "-m", "pytest", "bench", f"--benchmark-json={result}"]
-    status = subprocess.run([*tests, *arguments.pytest], cwd=root).returncode
-    if status == 0:
-        shown = [sys.executable, "-m", "bench", "report", str(result)]
-        status = subprocess.run(shown, cwd=root).returncode
-    return status
-
-
 def _doctor(arguments: argparse.Namespace) -> int:
     from fastffn import doctor
 
@@ -242,9 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     distill.add(commands, _add)
     search.add(commands, _add)
-
-    bench = _add(commands, "bench", _bench, "run the benchmarks of a source checkout")
-    bench.add_argument("pytest", nargs="*", help="passed on to pytest; put -- before options")
+    bench.add(commands, _add)
     _add(commands, "doctor", _doctor, "say what runs where, and why something does not")
     return parser
 
