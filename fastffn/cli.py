@@ -1,4 +1,4 @@
-"""The command line: `fastffn demo | distill | finetune | search | bench | doctor`.
+"""The command line: `fastffn demo | distill | finetune | search | evaluate | export | bench | ...`.
 
 What goes wrong, and how it ends:
     bad input (UserError)       one line, status 2; an ExprError shows its character in two more
@@ -21,7 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import fastffn
-from fastffn.commands import bench, distill, search
+from fastffn.commands import bench, distill, evaluate, export, search
 from fastffn.errors import ExprError, UserError
 
 _BAD_INPUT, _DEFECT, _INTERRUPTED, _CLOSED_PIPE = 2, 1, 130, 141
@@ -32,6 +32,9 @@ _EXTRAS = {
     "huggingface_hub": "models",
     "matplotlib": "search",
     "numpy": "train",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "optuna": "search",
     "psycopg": "postgresql",
     "rich": "train",
@@ -222,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     distill.add(commands, _add)
     search.add(commands, _add)
+    evaluate.add(commands, _add)
+    export.add(commands, _add)
     bench.add(commands, _add)
     _add(commands, "doctor", _doctor, "say what runs where, and why something does not")
     return parser

@@ -1,13 +1,14 @@
 """Which tensors of a batch a model is given."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs out of a batch: ids, mask, and token types for models that tell segments apart.
 
     Some tokenizers make token types for models that have none, or a single one (RoBERTa).

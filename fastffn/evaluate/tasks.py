@@ -4,6 +4,8 @@ evaluate(model, encode_task(tokenizer, data.splits["validation"], data.task, 128
          data, "validation")   ->   {"accuracy": 0.91}
 """
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,11 @@ class NotFinite(UserError):
     """A model's outputs are NaN or infinite."""
 
 
+_Model = nn.Module | Callable[..., Mapping[str, Tensor]]
+
+
 def evaluate(
-    model: nn.Module, encoded: Encoded, data: TaskData, split: str, batch_size: int = 64
+    model: _Model, encoded: Encoded, data: TaskData, split: str, batch_size: int = 64
 ) -> dict[str, float]:
     """Computes the task's metrics, where the model's parameters are, in inference mode.
 
@@ -30,7 +35,8 @@ def evaluate(
 
     Args:
         model: gives logits [rows, classes] ([rows, 1] of regression), or of qa start_logits and
-            end_logits [rows, length].
+            end_logits [rows, length]. A module, or a function with the model's `config`, such as
+            `fastffn.serve.Served`.
         encoded: that split, by `encode_task` with train=False.
 
     Returns:
@@ -51,8 +57,9 @@ def evaluate(
         )
     order = np.argsort(encoded.lengths, kind="stable")
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    training = model.training
-    model.eval()
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
     try:
         if not qa:
             predictions = _predict(model, encoded, batches, task)
@@ -63,14 +70,13 @@ def evaluate(
             output = _forward(model, encoded, numbers)
             reader.read(numbers, _finite(output["start_logits"]), _finite(output["end_logits"]))
     finally:
-        model.train(training)
+        if training:
+            model.train()
     values = qa_scores(reader.answers(examples), examples)
     return {name: values[name] for name in task.metrics}
 
 
-def _predict(
-    model: nn.Module, encoded: Encoded, batches: list[np.ndarray], task: Task
-) -> np.ndarray:
+def _predict(model: _Model, encoded: Encoded, batches: list[np.ndarray], task: Task) -> np.ndarray:
     """Classes int64 [rows], or scores float64 [rows]."""
     classes = task.kind == "classification"
     width = len(task.labels) if classes else 1
@@ -87,8 +93,8 @@ def _predict(
 
 
 @torch.inference_mode()
-def _forward(model: nn.Module, encoded: Encoded, numbers: np.ndarray):
-    device = next(model.parameters()).device
+def _forward(model: _Model, encoded: Encoded, numbers: np.ndarray):
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
     inputs = model_inputs(model, encoded.batch(numbers))
     return model(**{name: value.to(device) for name, value in inputs.items()})
 

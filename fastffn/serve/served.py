@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from ..distill.teacher import sentence_vectors
 from ..errors import UserError
 from .interface import SENTENCE, Interface
 
@@ -105,7 +107,11 @@ class Served:
         return {name: found[name][:0] if empty else found[name] for name in self.interface.outputs}
 
     def encode(
-        self, texts: Sequence[str], batch_size: int = 32, pairs: Sequence[str] | None = None
+        self,
+        texts: Sequence[str],
+        batch_size: int = 32,
+        pairs: Sequence[str] | None = None,
+        pooling: str | None = None,
     ) -> Tensor:
         """The vectors of texts: sentence vectors, or logits of a model for classes of texts.
 
@@ -113,6 +119,7 @@ class Served:
             texts: of any length; what is beyond `max_length` tokens is cut off.
             batch_size: texts of one run; those of like length run together.
             pairs: of a model for pairs, the second text of each.
+            pooling: "mean" or "cls", of an encoder that does not say how it makes sentence vectors.
 
         Returns:
             float32 [texts, width], in the order of the texts.
@@ -122,15 +129,8 @@ class Served:
         """
         if self.tokenizer is None:
             raise UserError(f"{self.folder} has no tokenizer: export it with one, or call with ids")
-        output = SENTENCE if SENTENCE in self.interface.outputs else "logits"
-        if self.task not in ("embedding", "sequence-classification", "regression") or (
-            output not in self.interface.outputs
-        ):
-            raise UserError(
-                f"{self.folder} makes no vector of a text: export it with pooling, or call it"
-            )
+        output, width = self._of_texts(pooling)
         if not len(texts):
-            width = len(self.labels or ()) if output == "logits" else self.config.hidden_size
             return torch.zeros(0, width)
         given = [list(texts)] if pairs is None else [list(texts), list(pairs)]
         encoded = self.tokenizer(*given, truncation=True, max_length=self.max_length)
@@ -138,11 +138,32 @@ class Served:
         parts = []
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            chosen = {name: [values[k] for k in rows] for name, values in encoded.items()}
-            padded = self.tokenizer.pad(chosen, return_tensors="np")
-            batch = {name: padded[name] for name in self.interface.inputs if name in padded}
-            parts.append(self(**batch)[output].float())
+            batch = {
+                name: pad_sequence(
+                    [torch.tensor(encoded[name][k]) for k in rows],
+                    batch_first=True,
+                    padding_value=self.interface.pad if name == "input_ids" else 0,
+                )
+                for name in self.interface.inputs
+                if name in encoded
+            }
+            found = self(**batch)[output]
+            if found.dim() == 3:
+                found = sentence_vectors(found, batch["attention_mask"], pooling, unit=False)
+            parts.append(found.float())
         return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
+
+    def _of_texts(self, pooling: str | None) -> tuple[str, int]:
+        """The output that has a vector of each text, or can be pooled to one, and its width."""
+        if self.task in ("sequence-classification", "regression"):
+            return "logits", self.config.num_labels
+        if SENTENCE in self.interface.outputs:
+            return SENTENCE, self.config.hidden_size
+        if self.task == "embedding" and pooling is not None:
+            return "last_hidden_state", self.config.hidden_size
+        raise UserError(
+            f"{self.folder} makes no vector of a text: export it with pooling, or call it"
+        )
 
     def _checked(self, batch: Mapping[str, Tensor | np.ndarray | None]) -> dict[str, Tensor]:
         """The inputs of the model in its order, int64; a UserError where they do not fit it."""
