@@ -21,6 +21,9 @@ _LAZY = {
     "EfficientBertForSequenceClassification": "models",
     "EfficientBertForTokenClassification": "models",
     "capture": "distill.capture",
+    "export": "serve.export",
+    "patch": "models.patch",
+    "unpatch": "models.patch",
     "layer_map": "distill.layers",
     "relation_layer": "distill.layers",
 }
@@ -36,6 +39,7 @@ _SUBPACKAGES = (
     "losses",
     "models",
     "search",
+    "serve",
 )
 
 __all__ = ["Expr", "ExprError", "Gene", "UserError", "functional", *_LAZY]

@@ -254,6 +254,26 @@ class Walk(nn.ModuleList):
         return self.walked[index]
 
 
+def encoders(model: nn.Module, known: Mapping[str, Architecture] = ALL) -> list[Encoder]:
+    """All encoders in a model, whatever is around them, by their configuration alone.
+
+    Raises:
+        UserError: there is none of a known type.
+    """
+
+    def is_one(module: nn.Module) -> bool:
+        row = known.get(_kind(module))
+        return row is not None and _has_layers(module, row)
+
+    found = [Encoder(module, known) for module in model.modules() if is_one(module)]
+    if not found:
+        raise UserError(
+            f"{_named(unwrapped(model))} has no encoder that is known here: known are "
+            f"{', '.join(sorted(known))} of transformers, with any head"
+        )
+    return found
+
+
 def parameter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """For each parameter the names it goes by: its own, and one that all encoders share:
     "layers.<k>.", "embeddings." or "head." and the rest of its path."""
@@ -288,9 +308,9 @@ def _projections(layer: nn.Module, architecture: Architecture) -> tuple[nn.Modul
 
 
 def _architecture(base: nn.Module, known: Mapping[str, Architecture]) -> Architecture:
-    config = getattr(base, "config", None)
-    kind = getattr(config, "model_type", None)
+    kind = _kind(base)
     rows = [known[kind]] if kind in known else []
+    config = getattr(base, "config", None)
     foreign = not rows and type(config).__module__.startswith("transformers.")
     if not foreign:
         rows += _BY_ATTRIBUTES
@@ -301,12 +321,20 @@ def _architecture(base: nn.Module, known: Mapping[str, Architecture]) -> Archite
             return row
     if built:
         _projections(_first_layer(base, built[0]), built[0])
-    named = f"{type(base).__name__} (model_type {kind})" if kind else type(base).__name__
     raise UserError(
-        f"{named} is no BERT-like encoder that is known here: known are "
+        f"{_named(base)} is no BERT-like encoder that is known here: known are "
         f"{', '.join(sorted(known))} with any head, and classes of your own that have "
         "BERT's modules under BERT's names; give one of those"
     )
+
+
+def _kind(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _named(model: nn.Module) -> str:
+    kind = _kind(model)
+    return f"{type(model).__name__} (model_type {kind})" if kind else type(model).__name__
 
 
 def _has_layers(base: nn.Module, architecture: Architecture) -> bool:
