@@ -61,7 +61,6 @@ struct Embeddings {
   PackedLinear before, after;        // no panels: none
   const float* positions = nullptr;  // [places, E]
   int64_t places = 0;
-  int64_t first_place = 0;          // of a text's first token
   const float* segments = nullptr;  // [kinds, E], or null
   int64_t kinds = 0;
   Norm norm;
@@ -86,6 +85,7 @@ struct Encoder {
 struct Encoding {
   const Encoder* encoder;
   const int64_t* ids;     // [tokens], or null: `hidden` holds the embeddings
+  const int64_t* places;  // [tokens], rising within a text; null: each token's number in its text
   const int64_t* kinds;   // [tokens], the segments; null: all 0
   float* hidden;          // [tokens, H], contiguous: (read and) overwritten
   const int64_t* starts;  // [texts + 1], rising from 0 to the number of tokens

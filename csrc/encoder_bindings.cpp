@@ -88,12 +88,13 @@ void check(const Encoding& call) {
   for (int64_t text = 0; text < call.texts; ++text) {
     const int64_t length = call.starts[text + 1] - call.starts[text];
     require(length >= 0, "encoder: starts fall");
-    if (call.ids && length) inside("position", table.first_place + length - 1, table.places);
+    if (call.ids && !call.places && length) inside("position", length - 1, table.places);
     if (call.bias) inside("position", length - 1, call.bias_length);
   }
   if (!call.ids) return;
   for (int64_t row = 0; row < call.starts[call.texts]; ++row) {
     inside("token", call.ids[row], table.vocabulary);
+    if (call.places) inside("position", call.places[row], table.places);
     if (call.kinds && table.segments) inside("segment", call.kinds[row], table.kinds);
   }
 }
@@ -145,10 +146,10 @@ class PyEncoder {
     encoder_.order.push_back(static_cast<int>(index));
   }
 
-  // Tables are not copied: the caller keeps them. first: position of a text's first token.
+  // Tables are not copied: the caller keeps them.
   void set_embeddings(uintptr_t words, int64_t vocabulary, int64_t width, bool trigram,
                       const std::optional<LinearTuple>& before, uintptr_t positions, int64_t places,
-                      int64_t first, uintptr_t segments, int64_t kinds, const NormTuple& sum_norm,
+                      uintptr_t segments, int64_t kinds, const NormTuple& sum_norm,
                       const std::optional<LinearTuple>& after) {
     Embeddings& to = encoder_.embeddings;
     require(words && positions && vocabulary > 0 && width > 0, "encoder: no embeddings");
@@ -164,20 +165,19 @@ class PyEncoder {
     if (after) to.after = linear({*after}, sum, encoder_.half);
     to.positions = floats(positions);
     to.places = places;
-    to.first_place = first;
     to.segments = floats(segments);
     to.kinds = kinds;
     to.norm = norm(sum_norm, sum);
   }
 
-  // ids, kinds, starts: int64; see Encoding. bias 0: none; ids 0: `hidden` is the input.
-  void run(uintptr_t ids, uintptr_t kinds, uintptr_t hidden, uintptr_t starts, int64_t texts,
-           int threads, uintptr_t bias, int64_t bias_length) const {
+  // ids, places, kinds, starts: int64; see Encoding. bias 0: none; ids 0: `hidden` is the input.
+  void run(uintptr_t ids, uintptr_t places, uintptr_t kinds, uintptr_t hidden, uintptr_t starts,
+           int64_t texts, int threads, uintptr_t bias, int64_t bias_length) const {
     const auto numbers = [](uintptr_t address) {
       return reinterpret_cast<const int64_t*>(address);
     };
     const Encoding call{
-        &encoder_,       numbers(ids), numbers(kinds), reinterpret_cast<float*>(hidden),
+        &encoder_, numbers(ids), numbers(places), numbers(kinds), reinterpret_cast<float*>(hidden),
         numbers(starts), texts,        floats(bias),   bias_length,
         threads};
     py::gil_scoped_release release;

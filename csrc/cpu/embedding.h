@@ -53,7 +53,7 @@ class Embedder {
     each(first, last, [&](int64_t row, int64_t begin, int64_t) {
       float* s = sums_.get() + (row - first) * columns();
       if (!table_.before.panels) std::memcpy(s, word(row), n * sizeof(float));
-      add_to(s, table_.positions + (table_.first_place + row - begin) * n, n);
+      add_to(s, table_.positions + place(row, begin) * n, n);
       if (table_.segments) add_to(s, table_.segments + (call_.kinds ? call_.kinds[row] : 0) * n, n);
       layer_norm(s, n, table_.norm, table_.after.panels ? s : call_.hidden + row * hidden);
     });
@@ -70,6 +70,10 @@ class Embedder {
 
   const float* word(int64_t row) const { return table_.words + call_.ids[row] * table_.width; }
 
+  int64_t place(int64_t row, int64_t begin) const {
+    return call_.places ? call_.places[row] : row - begin;
+  }
+
   // body(row, first row of its text, end of its text)
   template <class Body>
   void each(int64_t first, int64_t last, Body body) {
@@ -85,7 +89,8 @@ class Embedder {
   void gather(float* to, int64_t row, int64_t begin, int64_t end) const {
     const int64_t width = table_.width, reach = table_.trigram ? 1 : 0;
     for (int64_t at = row - reach; at <= row + reach; ++at, to += width) {
-      if (at < begin || at >= end)
+      // A neighbour is next to it, with no padding between.
+      if (at < begin || at >= end || place(at, begin) - place(row, begin) != at - row)
         std::fill_n(to, width, 0.0f);
       else
         std::memcpy(to, word(at), width * sizeof(float));
