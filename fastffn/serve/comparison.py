@@ -325,7 +325,7 @@ def run(
     """
     report = {} if report is None else report
     options.check()
-    report["conditions"] = conditions(options.device)
+    report.setdefault("conditions", conditions(options.device))
     # Eager torch would pay for pages that its own frees gave back; a server's allocator keeps them.
     with tempfile.TemporaryDirectory(prefix="fastffn-bench-") as folder, freed_memory_kept():
         Comparison(options, report, save, progress).run(Path(folder))
