@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 _PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian has them
 
@@ -46,7 +47,7 @@ class Server:
         self._process = subprocess.Popen(
             command, cwd=self.folder, stdout=output, stderr=output, **self._as
         )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while self._run("pg_isready", "-h", self.folder).returncode:
             assert self._process.poll() is None, (self.folder / "log").read_text()
             assert time.monotonic() < deadline, "the server does not start"
@@ -55,7 +56,7 @@ class Server:
     def stop(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)  # a fast shutdown: connections are cut
-            self._process.wait(30)
+            self._process.wait(PATIENCE)
             self._process = None
 
     def _run(self, program: str, *arguments) -> subprocess.CompletedProcess:

@@ -12,6 +12,9 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from patience import PATIENCE, wait_for
+
+from fastffn.files import write_text_atomic
 from fastffn.search import Space, Study
 
 SPACE = Space(hidden_size=120, num_layers=2, params=(40_000, 120_000))
@@ -29,6 +32,9 @@ def worker(place: str, log: Path, trials: int, heartbeat: int) -> None:
         def evaluate(genes):
             text = ";".join(map(str, genes))
             file.write(f"begin|{os.getpid()}|{text}\n")
+            mine, limit = begun(log), Path(f"{log}.hold")
+            while limit.exists() and mine > int(limit.read_text()):
+                time.sleep(0.01)
             time.sleep(_SECONDS * (1 + random.random()))
             file.write(f"end|{os.getpid()}|{text}\n")
             return quality(genes)
@@ -37,42 +43,56 @@ def worker(place: str, log: Path, trials: int, heartbeat: int) -> None:
         study.run(trials, "evolution", batch=3, random=6)
 
 
+def hold(log: Path, limit: int) -> None:
+    """Workers that begin a candidate when so many were begun wait in it until the limit rises."""
+    write_text_atomic(Path(f"{log}.hold"), str(limit))
+
+
 def start(place: str, log: Path, trials: int, heartbeat: int = 10) -> subprocess.Popen:
     arguments = [place, log, trials, heartbeat]  # long: a busy machine makes nobody seem dead
     return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
 
 
-def survive(place: str, log: Path, trials: int, workers: int, kills: int, limit: float) -> Study:
+def survive(place: str, log: Path, trials: int, workers: int, kills: int) -> Study:
     """Lets workers search, kills some at random moments and starts others for them; checks that
     every candidate was judged, and by one process that lived. Returns the finished study.
 
-    Args:
-        limit: seconds that it may take.
+    All workers judge something, and all kills come before the end, however slow the machine: they
+    are held up until then.
     """
     rng, killed = random.Random(trials), set()
-    deadline = time.monotonic() + limit
+    hold(log, 0)
     alive = [start(place, log, trials) for _ in range(workers)]
     try:
-        while alive:
-            assert time.monotonic() < deadline, "the search does not end"
-            alive = [process for process in alive if process.poll() != 0]
-            assert all(process.returncode is None for process in alive), "a worker failed"
-            begun = log.read_text().count("begin") if log.exists() else 0
-            if len(killed) < kills and begun > len(killed) * trials / (kills + 1):
-                time.sleep(rng.random() * 0.2)
-                victim = rng.choice(alive)
-                victim.kill()
-                if victim.wait() != 0:  # it had not ended just before
-                    killed.add(victim.pid)
-                alive = [process for process in alive if process is not victim]
-                alive.append(start(place, log, trials))
-            time.sleep(0.01)
+        wait_for(lambda: len({pid for _, pid, _ in events(log)}) == workers)
+        for kill in range(kills):
+            hold(log, trials * (kill + 1) // (kills + 1))
+            reached = trials * kill // (kills + 1)
+            wait_for(lambda reached=reached: begun(log) > reached)
+            time.sleep(rng.random() * 0.2)
+            victim = alive.pop(rng.randrange(workers))
+            victim.kill()
+            victim.wait()
+            killed.add(victim.pid)
+            alive.append(start(place, log, trials))
+        hold(log, 100 * trials)
+        assert [process.wait(PATIENCE) for process in alive] == [0] * workers
     finally:
         for process in alive:
             process.kill()
             process.wait()
-    assert len(killed) == kills
     return check(place, log, trials, killed)
+
+
+def begun(log: Path) -> int:
+    """How many evaluations were begun."""
+    return sum(event == "begin" for event, _, _ in events(log))
+
+
+def events(log: Path) -> list[list[str]]:
+    """[event, pid, genes] in order."""
+    text = log.read_text() if log.exists() else ""
+    return [line.split("|") for line in text.split("\n")[:-1]]
 
 
 def check(place: str, log: Path, trials: int, killed: set[int]) -> Study:
@@ -91,18 +111,17 @@ def check(place: str, log: Path, trials: int, killed: set[int]) -> Study:
     )
     assert set(values.values()) == {1}  # one result each in the database too
 
-    begun, ended = defaultdict(list), Counter()
-    for line in log.read_text().splitlines():
-        event, pid, genes = line.split("|")
+    pids, ended = defaultdict(list), Counter()
+    for event, pid, genes in events(log):
         if event == "begin":
-            begun[genes].append(int(pid))
+            pids[genes].append(int(pid))
         elif int(pid) not in killed:
             ended[genes] += 1
-    assert set(begun) == {";".join(record["genes"]) for record in records}
-    for genes, pids in begun.items():
+    assert set(pids) == {";".join(record["genes"]) for record in records}
+    for genes, of in pids.items():
         # begun again only where the process before was killed
-        assert killed.issuperset(pids[:-1]), (genes, pids, killed)
-        assert ended[genes] == (pids[-1] not in killed)
+        assert killed.issuperset(of[:-1]), (genes, of, killed)
+        assert ended[genes] == (of[-1] not in killed)
     return study
 
 

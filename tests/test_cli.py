@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from report_example import example
 
 from fastffn import Expr, UserError, cli
@@ -230,14 +231,14 @@ def run(options, progress):
     import time
     try:
         print("running", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     finally:
         print("closed", flush=True)
 """
     process = started(code, stdout=subprocess.PIPE, cwd=tmp_path)
     assert process.stdout.readline() == "running\n"
     process.send_signal(sent)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert out == "closed\n"
     assert err == "interrupted before anything was done; run the same command again\n"
@@ -253,7 +254,7 @@ def run(options, progress):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=30) == 141
+    assert process.wait(timeout=PATIENCE) == 141
 
 
 def test_other_libraries_are_quiet_but_their_errors_are_not(pipeline, caplog, capfd):
@@ -344,7 +345,7 @@ def test_bad_input_in_a_process_of_its_own(inputs, tmp_path):
     """As a person meets it: nothing that a library says at import or exit is in between."""
     command = [sys.executable, "-m", "fastffn.cli", "demo", "--teacher", str(inputs / "decoder")]
     done = subprocess.run(
-        [*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
@@ -378,7 +379,7 @@ def test_demo_from_end_to_end_and_again(inputs, tmp_path, capsys):
     text = f"demo --teacher {inputs}/teacher --text {inputs}/text.txt --minutes 0.02 --out {out}"
     command = [*text.split(), "--budget-params", "8k"]
     own = [sys.executable, "-m", "fastffn.cli", *command]
-    done = subprocess.run(own, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(own, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     assert "What each part brings" in done.stdout and "{'loss'" not in done.stdout
     names = {"report.json", "report.md", "state.json", "student"}

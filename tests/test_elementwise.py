@@ -12,6 +12,7 @@ from expressions import EXPRESSIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import LAYOUTS, assert_accurate, expressions, tensor
+from patience import PATIENCE
 
 from fastffn import Expr, ExprError, UserError
 from fastffn.expr import PRIMITIVES, forward_program
@@ -378,6 +379,6 @@ def test_a_wrong_environment_is_named(name, value):
         env={**os.environ, name: value},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert name in done.stdout and value in done.stdout, done.stderr

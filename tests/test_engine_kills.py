@@ -9,6 +9,7 @@ import time
 
 import pytest
 import tiny_recipes
+from patience import PATIENCE
 from safetensors.torch import load_file
 from tiny_recipes import Files, said, same, spawn, student, touched
 
@@ -195,7 +196,9 @@ def test_torchrun(files, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "fastffn.cli", "distill", str(tmp_path / "recipe.yaml"), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert spawn(RECIPES["two_stages"](files), tmp_path / "two", processes=2) == 0
     assert same(student(out), student(tmp_path / "two"))

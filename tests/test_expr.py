@@ -7,6 +7,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from oracle import expressions
+from patience import PATIENCE
 
 from fastffn import Expr, ExprError
 from fastffn.expr import PRIMITIVES
@@ -90,6 +91,8 @@ def test_pickles_mean_the_same_in_another_process():
         "assert expr in {Expr.parse('mul(gelu(a), sigmoid(b))')}\n"
         "backward_program(expr)"
     )
-    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(expr), check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(expr), check=True, timeout=PATIENCE
+    )
     error = pickle.loads(pickle.dumps(ExprError("wrong", "gelu(", 4)))
     assert str(error) == str(ExprError("wrong", "gelu(", 4)) and error.position == 4

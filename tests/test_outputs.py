@@ -15,6 +15,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 
 from fastffn.distill import output_files
 from fastffn.distill.outputs import OutputCache, model_fingerprint, padded
@@ -347,20 +348,20 @@ def test_one_computes_while_others_wait(compute):
     class Slow(Forward):
         def __call__(self, numbers):
             inside.set()
-            assert go_on.wait(30)
+            assert go_on.wait(PATIENCE)
             return super().__call__(numbers)
 
     slow, other, opened = Slow(), Forward(), []
     first = threading.Thread(target=lambda: opened.append(compute(slow)))
     first.start()
-    assert inside.wait(30)
+    assert inside.wait(PATIENCE)
     second = threading.Thread(target=lambda: opened.append(compute(other)))
     second.start()
     second.join(0.2)
     assert second.is_alive()
     go_on.set()
-    first.join(30)
-    second.join(30)
+    first.join(PATIENCE)
+    second.join(PATIENCE)
     assert slow.batches and not other.batches
     assert torch.equal(opened[0].batch([3])["logits"], opened[1].batch([3])["logits"])
 

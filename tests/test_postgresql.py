@@ -16,7 +16,7 @@ def postgresql():
 
 
 def test_killed_workers_lose_and_repeat_nothing(postgresql, tmp_path):
-    study = survive(postgresql.url, tmp_path / "log", 24, workers=3, kills=3, limit=90)
+    study = survive(postgresql.url, tmp_path / "log", 24, workers=3, kills=3)
     assert len({record["worker"] for record in study.candidates()}) > 1
 
 

@@ -141,11 +141,13 @@ def test_an_unknown_name_is_told_with_those_that_are_there(searched):
 # -- the line while it runs ----------------------------------------------------------------------
 
 
-def test_status_says_best_front_and_speed_of_this_run():
+def test_status_says_best_front_and_speed_of_this_run(monkeypatch):
     records = example(counts={"coarse": 30})["candidates"]
     finished = [record for record in records if not record["pruned"]]
     best = max(finished, key=lambda record: record["quality"])
-    minute_ago = time.monotonic() - 60
+    now = time.monotonic()
+    monkeypatch.setattr(show.time, "monotonic", lambda: now)
+    minute_ago = now - 60
     said = show.status(records, ("quality",), 30, 100, minute_ago, before=18)
     assert said == f"best {best['quality']:.4g} ({amount(best['params'])}), 12 a minute"
     said = show.status(records, ("quality", "params"), 30, 100, minute_ago)

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("optuna")
 
+from patience import PATIENCE, wait_for
 from tiny_recipes import Files
 from tiny_searches import (
     changed,
@@ -23,7 +24,6 @@ from tiny_searches import (
     spawn,
     three,
     undisturbed,
-    wait_for,
     worker,
 )
 
@@ -92,7 +92,7 @@ def test_a_worker_in_another_process_joins_a_search(files, tmp_path, monkeypatch
 
     found = engine.run(recipe, out, progress=progress)
     (process,) = started
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0, said(tmp_path / "worker")
 
     judges = Counter(r["worker"].rpartition(":")[2] for r in found["candidates"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from patience import PATIENCE
 
 from fastffn import search
 from fastffn.errors import UserError
@@ -131,7 +132,7 @@ def test_a_killed_search_keeps_what_is_finished_and_repeats_what_was_not(tmp_pat
     for kills, hang in ((1, 4), (2, 7)):
         script = SCRIPT.format(tests=tests, log=str(log), folder=folder, hang=hang)
         process = subprocess.Popen([sys.executable, "-c", script])
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not log.exists() or log.read_text().count("killed") < kills:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)

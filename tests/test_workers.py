@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from search_workers import SPACE, check, quality, start, survive
+from patience import PATIENCE, wait_for
+from search_workers import SPACE, check, hold, quality, start, survive
 
 from fastffn.errors import UserError
 from fastffn.search import Study
@@ -18,26 +18,21 @@ from fastffn.search.work import work
 
 
 def test_killed_workers_of_a_run_directory_lose_and_repeat_nothing(tmp_path):
-    study = survive(str(tmp_path / "run"), tmp_path / "log", 24, workers=3, kills=3, limit=90)
+    study = survive(str(tmp_path / "run"), tmp_path / "log", 24, workers=3, kills=3)
     assert len({record["worker"] for record in study.candidates()}) > 1
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_worker_that_was_taken_for_dead_gives_no_second_result(tmp_path):
     place, log = str(tmp_path / "run"), tmp_path / "log"
+    hold(log, 2)
     sleeper = start(place, log, 8, heartbeat=1)
     wait_for(lambda: log.exists() and log.read_text().count("begin") == 3)
     os.kill(sleeper.pid, signal.SIGSTOP)  # as a machine that is suspended
+    hold(log, 100)
     other = start(place, log, 8, heartbeat=1)
-    assert other.wait(60) == 0  # it took over what the sleeper had
+    assert other.wait(PATIENCE) == 0  # it took over what the sleeper had
     os.kill(sleeper.pid, signal.SIGCONT)
-    assert sleeper.wait(60) == 0
+    assert sleeper.wait(PATIENCE) == 0
     check(place, log, 8, {sleeper.pid})
 
 
@@ -119,20 +114,24 @@ def test_an_interrupted_worker_gives_its_candidate_back(tmp_path):
 
 
 def test_a_run_waits_for_what_others_judge_and_tells_of_it(tmp_path):
-    began, seen = threading.Event(), []
+    began, mine_done, seen = threading.Event(), threading.Event(), []
 
     def slow(genes):
         began.set()
-        time.sleep(1)
+        assert mine_done.wait(PATIENCE)
+        return quality(genes)
+
+    def quick(genes):
+        mine_done.set()
         return quality(genes)
 
     def other():
-        Study(SPACE, slow, tmp_path, heartbeat=1).run(1)
+        Study(SPACE, slow, tmp_path).run(1)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert began.wait(30)
-    mine = Study(SPACE, quality, tmp_path, heartbeat=1)
+    assert began.wait(PATIENCE)
+    mine = Study(SPACE, quick, tmp_path)
     judged = mine.run(2, progress=lambda record, done, total: seen.append(record["number"]))
     thread.join()
     assert judged == 1 and sorted(seen) == [0, 1]
@@ -176,6 +175,7 @@ sys.path.insert(0, {tests!r})
 from search_workers import SPACE, quality
 from fastffn.search import Study
 
+print(flush=True)
 sys.stdin.readline()  # until all are there
 Study(SPACE, quality, {folder!r}).run(3)
 """
@@ -184,8 +184,11 @@ Study(SPACE, quality, {folder!r}).run(3)
 def test_workers_may_make_the_database_at_the_same_time(tmp_path):
     code = RACE.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"))
     command = [sys.executable, "-c", code]
-    racing = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(4)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    racing = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for process in racing:
+        process.stdout.readline()
     for process in racing:
         process.stdin.close()
-    assert [process.wait(60) for process in racing] == [0] * 4
+    assert [process.wait(PATIENCE) for process in racing] == [0] * 3
     assert len(Study.load(tmp_path / "run").candidates()) == 3

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from distributed_checks import group_threads
+from patience import PATIENCE
 from safetensors.torch import load_file
 from tiny_teacher import WORDS, save_teacher, write_text
 from torch.distributed import TCPStore
@@ -233,10 +234,10 @@ def spawn(what: Recipe, out: Path, die_at: int | float | None = None, processes:
         arguments = (yaml, out, environment if processes > 1 else {}, None if rank else die_at)
         started.append(_FORK.Process(target=_run, args=arguments))
         started[-1].start()
-    started[0].join(120)
+    started[0].join(PATIENCE)
     for process in started:
         if started[0].exitcode == 0:
-            process.join(60)
+            process.join(PATIENCE)
         process.kill()
         process.join()
     return started[0].exitcode
@@ -291,4 +292,4 @@ class _Watch:
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(600)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE
 from safetensors.torch import load_file, save_file
 from tiny_recipes import Files
 
@@ -168,7 +169,7 @@ def spawn(recipe: SearchRecipe, out: Path, die_at: int | float | None = None) ->
         The exit status; -9 if it was killed. What it said is in `out`.log.
     """
     process = begin(recipe, out, die_at)
-    process.join(120)
+    process.join(PATIENCE)
     process.kill()
     process.join()
     return process.exitcode
@@ -188,13 +189,6 @@ def worker(out: Path, log: Path, *words: str):
 
 def said(out: Path) -> str:
     return Path(f"{out}.log").read_text(encoding="utf-8")
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def _started(command: list[str], out: Path, die_at: int | float | None):
@@ -237,4 +231,4 @@ class _Watch:
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(600)
