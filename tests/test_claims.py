@@ -15,7 +15,7 @@ import optuna
 from search_workers import SPACE, quality
 
 from fastffn.errors import UserError
-from fastffn.search import RandomProposal, Space, Study, liveness
+from fastffn.search import RandomProposal, Space, Study, ledger, liveness
 from fastffn.search.claims import Claim
 from fastffn.search.storage import Storage
 
@@ -185,7 +185,7 @@ if {unsigned}:
 def evaluate(genes):
     os.kill(os.getpid(), signal.SIGKILL)
 
-Study(SPACE, evaluate, {folder!r}, heartbeat=1).run(2)
+Study(SPACE, evaluate, {folder!r}, heartbeat=100).run(2)
 """
 
 
@@ -194,12 +194,16 @@ def test_a_worker_that_dies_as_it_takes_a_candidate(tmp_path, unsigned):
     tests = os.path.dirname(__file__)
     code = TAKEN.format(tests=tests, folder=str(tmp_path), unsigned=unsigned)
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    study = Study(SPACE, quality, tmp_path, heartbeat=1)
-    study._storage.grace = 0.3  # it left no heartbeat that Optuna could miss
+    judged = []
+    study = Study(SPACE, lambda genes: judged.append(genes) or quality(genes), tmp_path)
     assert study._study.trials[0].state.name == "RUNNING"
+    assert (ledger.OWNER in study._study.trials[0].user_attrs) is not unsigned
     study.run(2)
-    assert [record["number"] for record in study.candidates()] == [0, 1]
     assert study._study.trials[0].state.name == "FAIL"
+    records = study.candidates()
+    assert [record["number"] for record in records] == [0, 1]
+    # in this order: nothing was judged while that one seemed to be under way
+    assert [[str(gene) for gene in genes] for genes in judged] == [r["genes"] for r in records]
 
 
 def test_who_is_dead():

@@ -15,6 +15,7 @@ from .claims import Claims
 GENES, FINGERPRINT, SLOT, ATTEMPT = "genes", "fingerprint", "slot", "attempt"
 COSTS = ("params", "macs", "latency")
 OWNER = "owner"  # who took it (see `liveness`)
+TAKER = "taker "  # before a signature: of who tried to, before it could sign as the owner
 RUNGS = "rungs"  # qualities of rising fidelity, the last one counts
 DIVERGED = "diverged"  # a quality was not a finite number
 RAISED = "raised"  # the evaluation raised this; its candidate may be tried again

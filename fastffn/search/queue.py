@@ -90,8 +90,7 @@ class Queue:
         state = self.ledger
         state.refresh()
         for trial in state.running:
-            owner = trial.user_attrs.get(ledger.OWNER)
-            if self._gone(owner) or (owner is None and self._overdue((trial.number, "unsigned"))):
+            if self._abandoned(trial):
                 self._fail(trial.number)
                 state.refresh()
         idle = state.open - state.live.keys()
@@ -141,6 +140,16 @@ class Queue:
             self._study.tell(number, state=failed, skip_if_finished=True)
         except self._optuna.exceptions.UpdateFinishedTrialError:
             pass  # another was faster
+
+    def _abandoned(self, trial) -> bool:
+        """Whether nobody judges a trial that runs."""
+        if (owner := trial.user_attrs.get(ledger.OWNER)) is not None:
+            return self._gone(owner)
+        # It was taken and not signed yet. To wait here would change the order of the candidates.
+        keys = [key for key in trial.user_attrs if key.startswith(ledger.TAKER)]
+        takers = [key.removeprefix(ledger.TAKER) for key in keys]
+        gone = self._storage.lonely or (takers and all(map(self._gone, takers)))
+        return gone or self._overdue((trial.number, "unsigned"))
 
     def _gone(self, owner: str | None) -> bool:
         return self._storage.lonely or (owner is not None and liveness.is_dead(owner))

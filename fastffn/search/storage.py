@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import UserError
 from . import liveness
 from .claims import Claims, DatabaseClaims, MemoryClaims
-from .ledger import OWNER
+from .ledger import OWNER, TAKER
 
 FILE = "search.sqlite3"
 SPACE = "fastffn.space"  # attribute of the studies that are ours: their space
@@ -258,12 +258,19 @@ class _SQLite(sqlite3.Connection):
 def _patient(optuna):
     """Optuna's storage for databases, where a sign of life that fails is missed, not fatal: the
     thread that gives them would end with the first error, and a healthy worker be given up. Nor is
-    a worker given up that this machine shows at work: a busy one is late with its signs."""
+    a worker given up that this machine shows at work: a busy one is late with its signs. And who
+    takes a trial from the queue says so before: if it dies then, it has neither signed the trial
+    nor given a sign of life."""
 
     class PatientStorage(optuna.storages.RDBStorage):
         def record_heartbeat(self, trial_id: int) -> None:
             with contextlib.suppress(optuna.exceptions.StorageInternalError):
                 super().record_heartbeat(trial_id)
+
+        def set_trial_state_values(self, trial_id, state, values=None) -> bool:
+            if state == optuna.trial.TrialState.RUNNING:
+                self.set_trial_user_attr(trial_id, TAKER + liveness.signature(), True)
+            return super().set_trial_state_values(trial_id, state, values)
 
         def _get_stale_trial_ids(self, study_id: int) -> list[int]:
             stale = super()._get_stale_trial_ids(study_id)
