@@ -13,7 +13,7 @@ The report is plain JSON:
      "models": [{"name", "origin", "positions", "params", "params_without_word_embeddings"}],
      "cells": [{"workload", "batch_size", "length", "texts", "tokens", "padding", "threads",
                 "results": [{"model", "runtime", "precision", "ms", "low", "high", "first_ms",
-                             "rounds", "disagreement"}]}],
+                             "rounds", "engine", "disagreement"}]}],
      "refused": [{"model", "runtime", "precision", "why", "where"}],
      "memory": [{"model", "runtime", "precision", "resident", "peak", "disk"}]}
 
@@ -241,6 +241,8 @@ class Comparison:
         for entrant, rounds in times.items():
             first, far = checked.get(entrant, (0.0, None))
             row = {**entrant.facts(), **race.Timing(first, rounds).summary()}
+            if entrant in runners and runners[entrant].engine:
+                row["engine"] = runners[entrant].engine
             results.append(row if far is None else {**row, "disagreement": float(f"{far:.3g}")})
         own = next(iter(batches.values()))
         self.report["cells"].append(

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..ops import backend
 from .subjects import Subject, load_encoder
 
@@ -73,10 +74,15 @@ class Files:
 
 
 class Runner:
-    """A loaded model: a batch on the setting's device -> last hidden states."""
+    """A loaded model: a batch on the setting's device -> last hidden states.
 
-    def __init__(self, function: Callable[[Batch], Tensor]):
+    Attributes:
+        engine: what runs it, where the runtime has several.
+    """
+
+    def __init__(self, function: Callable[[Batch], Tensor], engine: str = ""):
         self._function = function
+        self.engine = engine
 
     def begin(self, shapes: Iterable[Shape]) -> None:
         """Gets ready for batches of these shapes alone."""
@@ -150,6 +156,7 @@ class _Compiled(Runner):
     """Compiled anew for each set of shapes; one shape alone as a static one."""
 
     def __init__(self, model: nn.Module, mode: str | None):
+        super().__init__(self._run)
         self.model, self.mode = model, mode
 
     def begin(self, shapes: Iterable[Shape]) -> None:
@@ -162,7 +169,7 @@ class _Compiled(Runner):
 
         self.compiled = torch.compile(forward, **options)
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def _run(self, batch: Batch) -> Tensor:
         with backend.portable():
             return self.compiled(batch["input_ids"], batch["attention_mask"])
 
@@ -197,12 +204,12 @@ class FastFFN(Runtime):
         from .optimize import optimize
 
         model = load_encoder(files.model()).to(setting.device)
-        torch.set_num_threads(setting.threads)
-        options: dict[str, Any] = {"dtype": torch.bfloat16} if precision == "bf16" else {}
-        if precision == "int8":
-            options = {"quantize": "int8"}
-        optimized = optimize(model, **options)
-        return Runner(lambda batch: _hidden(optimized(**batch)))
+        options = {"bf16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}
+        try:
+            optimized = optimize(model, **options.get(precision, {}))
+        except UserError as error:
+            raise Unavailable(str(error)) from error
+        return Runner(lambda batch: _hidden(optimized(**batch)), optimized.report.engine)
 
 
 # -- others --------------------------------------------------------------------------------------
@@ -250,6 +257,7 @@ class _OpenVino(Runner):
     def __init__(self, file: Path, precision: str, threads: int):
         import openvino
 
+        super().__init__(self._run)
         self.core = openvino.Core()
         self.file = file
         hint = "bf16" if precision == "bf16" else "f32"  # int8 is in the graph
@@ -268,7 +276,7 @@ class _OpenVino(Runner):
         self.request = compiled.create_infer_request()
         self.output = compiled.output("last_hidden_state")
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def _run(self, batch: Batch) -> Tensor:
         found = self.request.infer(
             _arrays(batch, self.names), share_inputs=True, share_outputs=True
         )
