@@ -66,7 +66,9 @@ def summary(manifest: Any, out: Path) -> list[str]:
         f"  {', '.join(interface.inputs)} -> {', '.join(interface.outputs)}",
     ]
     if "difference" in checked:
-        lines.append(f"  in float32 its outputs differ from torch's by {checked['difference']:.1e}")
+        lines.append(
+            f"  checked: its outputs differ from the model's by {checked['difference']:.1e}"
+        )
     if "int8" in checked:
         lines.append(f"  {_int8(checked['int8'])}")
     if checked.get("needs"):
@@ -77,6 +79,6 @@ def summary(manifest: Any, out: Path) -> list[str]:
 def _int8(found: Mapping[str, float]) -> str:
     same = f", the same class in {found['agreement']:.1%}" if "agreement" in found else ""
     return (
-        f"int8 against float32, on random tokens: cosine {found['cosine']:.4f}{same}; "
+        f"then int8 against float32, on random tokens: cosine {found['cosine']:.4f}{same}; "
         "fastffn evaluate says more"
     )

@@ -152,15 +152,19 @@ def _verified(session: Any, model: nn.Module, interface: Interface) -> float:
 
 
 def _quantize(source: Path, target: Path, external: bool) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(source)
+    # The quantizer turns weights of Gemm around, and stumbles over what is noted of their shapes.
+    del graph.graph.value_info[:]
     with _silent():
         root = logging.getLogger()
         level = root.level
         root.setLevel(logging.ERROR)  # onnxruntime advises through the root logger
         try:
             quantize_dynamic(
-                source,
+                graph,
                 target,
                 per_channel=True,
                 weight_type=QuantType.QInt8,
