@@ -4,8 +4,8 @@
 //                          h = a; for each unit: h = LayerNorm(h + epilogue(down(middle(up(h))))) )
 //
 // Tokens are those of all texts one after the other, without padding. Weights are packed once, in
-// float or in bfloat16; sums, the residual stream, attention, elementwise programs and norms are in
-// float either way.
+// float, bfloat16 or int8; sums, the residual stream, attention, elementwise programs and norms are
+// in float in any case.
 #pragma once
 
 #include <cstdint>
@@ -72,7 +72,7 @@ struct Encoder {
   int64_t hidden;
   int64_t heads;
   int64_t head_size;
-  bool half;  // bfloat16 weights
+  Precision precision;
   Embeddings embeddings;
   std::vector<std::unique_ptr<Layer>> layers;
   std::vector<int> order;  // of the layers, some more than once if weights are shared

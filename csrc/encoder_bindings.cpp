@@ -37,15 +37,22 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+Precision precision_of(const std::string& name) {
+  if (name == "float32") return Precision::kFloat;
+  if (name == "bfloat16") return Precision::kBFloat16;
+  require(name == "int8", "encoder: precision is float32, bfloat16 or int8");
+  return Precision::kInt8;
+}
+
 const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
-PackedLinear linear(const std::vector<LinearTuple>& parts, int64_t k, bool half) {
+PackedLinear linear(const std::vector<LinearTuple>& parts, int64_t k, Precision precision) {
   std::vector<LinearPart> given;
   for (const auto& [weight, bias, n] : parts) {
     require(weight && n > 0 && k > 0, "encoder: a linear layer without weights");
     given.push_back({floats(weight), floats(bias), n});
   }
-  return PackedLinear(given, k, half);
+  return PackedLinear(given, k, precision);
 }
 
 Norm norm(const NormTuple& tuple, int64_t n) {
@@ -101,32 +108,32 @@ void check(const Encoding& call) {
 
 class PyEncoder {
  public:
-  PyEncoder(int64_t hidden, int64_t heads, int64_t head_size, bool half) {
+  PyEncoder(int64_t hidden, int64_t heads, int64_t head_size, const std::string& precision) {
     require(hidden > 0 && heads > 0 && heads * head_size == hidden, "encoder: heads");
-    require(!half || multiplies_halves(), "encoder: this processor multiplies no bfloat16");
+    encoder_.precision = precision_of(precision);
+    require(multiplies(encoder_.precision), "encoder: this processor does not multiply that");
     encoder_.hidden = hidden;
     encoder_.heads = heads;
     encoder_.head_size = head_size;
-    encoder_.half = half;
   }
 
   // A layer after those that are there; returns its number.
   size_t add_layer(const std::vector<LinearTuple>& qkv, const LinearTuple& output, float scale,
                    const NormTuple& attention_norm, const std::vector<UnitTuple>& units) {
     const int64_t hidden = encoder_.hidden;
-    const bool half = encoder_.half;
+    const Precision precision = encoder_.precision;
     require(qkv.size() == 3, "encoder: query, key and value");
     auto layer = std::make_unique<Layer>();
-    layer->qkv = linear(qkv, hidden, half);
-    layer->output = linear({output}, hidden, half);
+    layer->qkv = linear(qkv, hidden, precision);
+    layer->output = linear({output}, hidden, precision);
     layer->scale = scale;
     layer->norm = norm(attention_norm, hidden);
     for (const auto& [first, second, width, prologue, middle, epilogue, unit_norm] : units) {
       require(first.size() == 1 || first.size() == 2, "encoder: up, or up and gate");
       require(std::get<2>(second) == hidden, "encoder: the second product's width");
       Unit unit;
-      unit.first = linear(first, hidden, half);
-      unit.second = linear({second}, width, half);
+      unit.first = linear(first, hidden, precision);
+      unit.second = linear({second}, width, precision);
       unit.width = width;
       unit.prologue = segment(prologue, {Source::kInput});
       unit.middle = first.size() == 2
@@ -161,8 +168,8 @@ class PyEncoder {
     to.vocabulary = vocabulary;
     to.width = width;
     to.trigram = trigram;
-    if (before) to.before = linear({*before}, input, encoder_.half);
-    if (after) to.after = linear({*after}, sum, encoder_.half);
+    if (before) to.before = linear({*before}, input, table_precision());
+    if (after) to.after = linear({*after}, sum, table_precision());
     to.positions = floats(positions);
     to.places = places;
     to.segments = floats(segments);
@@ -176,16 +183,27 @@ class PyEncoder {
     const auto numbers = [](uintptr_t address) {
       return reinterpret_cast<const int64_t*>(address);
     };
-    const Encoding call{
-        &encoder_, numbers(ids), numbers(places), numbers(kinds), reinterpret_cast<float*>(hidden),
-        numbers(starts), texts,        floats(bias),   bias_length,
-        threads};
+    const Encoding call{&encoder_,
+                        numbers(ids),
+                        numbers(places),
+                        numbers(kinds),
+                        reinterpret_cast<float*>(hidden),
+                        numbers(starts),
+                        texts,
+                        floats(bias),
+                        bias_length,
+                        threads};
     py::gil_scoped_release release;
     check(call);
     run_encoder(call);
   }
 
  private:
+  // Embeddings are read once a token and set the scale of everything: not in 8 bits.
+  Precision table_precision() const {
+    return encoder_.precision == Precision::kInt8 ? Precision::kFloat : encoder_.precision;
+  }
+
   Encoder encoder_;
 };
 
@@ -193,12 +211,12 @@ class PyEncoder {
 
 void bind_encoder(py::module_& m) {
   py::class_<PyEncoder>(m, "Encoder")
-      .def(py::init<int64_t, int64_t, int64_t, bool>())
+      .def(py::init<int64_t, int64_t, int64_t, std::string>())
       .def("add_layer", &PyEncoder::add_layer)
       .def("repeat_layer", &PyEncoder::repeat_layer)
       .def("set_embeddings", &PyEncoder::set_embeddings)
       .def("run", &PyEncoder::run);
-  m.def("multiplies_halves", &multiplies_halves);
+  m.def("multiplies", [](const std::string& name) { return multiplies(precision_of(name)); });
 }
 
 }  // namespace fastffn

@@ -1,5 +1,7 @@
 #include "packed.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
 
@@ -23,29 +25,52 @@ uint16_t to_bfloat16(float x) {
 
 }  // namespace
 
-PackedLinear::PackedLinear(const std::vector<LinearPart>& parts, int64_t k, bool half)
-    : k(k), half(half) {
+PackedLinear::PackedLinear(const std::vector<LinearPart>& parts, int64_t k, Precision precision)
+    : k(k), precision(precision) {
   for (const LinearPart& part : parts) {
     starts.push_back(columns());
     panels += whole_panels(part.n) / kPanel;
   }
+  const auto vector = [this] { return static_cast<float*>(zeros(columns() * sizeof(float))); };
   weights.reset(static_cast<char*>(zeros(panels * panel_bytes())));
-  bias.reset(static_cast<float*>(zeros(columns() * sizeof(float))));
+  bias.reset(vector());
+  if (precision == Precision::kInt8) {
+    scales.reset(vector());
+    sums.reset(vector());
+  }
   for (size_t p = 0; p < parts.size(); ++p) {
     const LinearPart& part = parts[p];
     if (part.bias) std::memcpy(bias.get() + starts[p], part.bias, part.n * sizeof(float));
-    for (int64_t column = 0; column < part.n; ++column) {
-      char* panel = weights.get() + (starts[p] + column) / kPanel * panel_bytes();
-      const int64_t lane = column % kPanel;
-      const float* from = part.weight + column * k;
-      for (int64_t i = 0; i < k; ++i) {
-        if (half)
-          reinterpret_cast<uint16_t*>(panel)[(i / 2 * kPanel + lane) * 2 + i % 2] =
-              to_bfloat16(from[i]);
-        else
-          reinterpret_cast<float*>(panel)[i * kPanel + lane] = from[i];
-      }
+    for (int64_t column = 0; column < part.n; ++column)
+      pack_column(part.weight + column * k, starts[p] + column);
+  }
+}
+
+void PackedLinear::pack_column(const float* from, int64_t column) {
+  const int64_t numbers = numbers_of_step(precision), lane = column % kPanel;
+  char* to = weights.get() + column / kPanel * panel_bytes() + lane * 4;
+  const auto place = [to, numbers](int64_t i) {
+    return to + i / numbers * kPanel * 4 + i % numbers * (4 / numbers);
+  };
+  if (precision == Precision::kFloat) {
+    for (int64_t i = 0; i < k; ++i) std::memcpy(place(i), from + i, sizeof(float));
+  } else if (precision == Precision::kBFloat16) {
+    for (int64_t i = 0; i < k; ++i) {
+      const uint16_t value = to_bfloat16(from[i]);
+      std::memcpy(place(i), &value, sizeof(value));
     }
+  } else {
+    float most = 0;
+    for (int64_t i = 0; i < k; ++i) most = std::max(most, std::abs(from[i]));
+    const float scale = most / 127;
+    int64_t sum = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      const long q = scale > 0 ? std::lround(from[i] / scale) : 0;
+      *reinterpret_cast<int8_t*>(place(i)) = static_cast<int8_t>(q);
+      sum += q;
+    }
+    scales[column] = scale;
+    sums[column] = static_cast<float>(sum);
   }
 }
 

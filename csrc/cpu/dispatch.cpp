@@ -77,9 +77,12 @@ void run_attention(const Attention& call) { active().load()->variant->attention(
 
 void run_encoder(const Encoding& call) { active().load()->variant->encode(call); }
 
-bool multiplies_halves() {
+bool multiplies(Precision precision) {
+  if (precision == Precision::kFloat) return true;
 #ifdef FASTFFN_HAVE_X86_ISA
-  return active().load()->variant == &avx512::variant && __builtin_cpu_supports("avx512bf16");
+  return active().load()->variant == &avx512::variant &&
+         (precision == Precision::kInt8 ? __builtin_cpu_supports("avx512vnni")
+                                        : __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
 #endif

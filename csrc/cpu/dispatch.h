@@ -21,8 +21,8 @@ void run_relation(const Relation& call);
 void run_attention(const Attention& call);
 void run_encoder(const Encoding& call);
 
-// Whether products of bfloat16 numbers run with the instruction set in use.
-bool multiplies_halves();
+// Whether products of such numbers run with the instruction set in use.
+bool multiplies(Precision precision);
 
 // Name of the instruction set in use, and of all that this build holds and this processor runs.
 const char* active_isa();

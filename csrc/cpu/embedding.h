@@ -38,7 +38,8 @@ class Embedder {
         sums_(allocate<float>(rows_ * columns() + kLanes)),
         words_(allocate<float>(rows_ * table_.before.k + kLanes)),
         projected_(allocate<float>(rows_ * table_.after.columns() + kLanes)),
-        product_(rows_, std::max(table_.before.k, table_.after.k), call.encoder->half) {}
+        product_(rows_, std::max(table_.before.k, table_.after.k),
+                 table_.before.panels ? table_.before.precision : table_.after.precision) {}
 
   // Writes the rows [first, last) of the hidden states.
   void run(int64_t first, int64_t last) {

@@ -61,7 +61,7 @@ class Worker {
         second_(allocate<float>(kBlockRows * columns_ + kLanes)),
         prologue_(allocate<float>(kBlockRows * columns_ + kLanes)),
         row_(allocate<float>(columns_ + kLanes)),
-        product_(kBlockRows, std::max(columns_, widest_), encoder_.half),
+        product_(kBlockRows, std::max(columns_, widest_), encoder_.precision),
         embedder_(call, kBlockRows) {
     for (int64_t text = 0; text < call.texts; ++text)
       longest_ = std::max(longest_, call.starts[text + 1] - call.starts[text]);

@@ -24,16 +24,17 @@ class PackedEncoder(nn.Module):
     Args:
         base: an encoder of transformers or of fastffn, without head. Its embeddings and its pooler
             are used, its layers are packed; it may be let go afterwards.
-        half: weights in bfloat16; sums, norms and attention stay in float32.
+        precision: of the weights, "float32", "bfloat16" or "int8"; sums, norms and attention stay
+            in float32.
 
     Raises:
-        NotPackable: the encoder has something that csrc does not compute, or the processor cannot
-            multiply bfloat16.
+        NotPackable: the encoder has something that csrc does not compute, or the processor does
+            not multiply that precision.
     """
 
-    def __init__(self, base: nn.Module, half: bool = False):
+    def __init__(self, base: nn.Module, precision: str = "float32"):
         super().__init__()
-        self.packed = Packed(base, half)
+        self.packed = Packed(base, precision)
         self.config = base.config
         self.embeddings = base.embeddings
         self.pooler = getattr(base, "pooler", None)

@@ -68,7 +68,7 @@ class Packed:
 
     Args:
         base: an encoder without head, of float weights on the CPU.
-        half: weights in bfloat16.
+        precision: of the weights: "float32", "bfloat16" or "int8".
 
     Attributes:
         encoder: csrc's.
@@ -80,14 +80,12 @@ class Packed:
         NotPackable: with the reason.
     """
 
-    def __init__(self, base: nn.Module, half: bool = False):
+    def __init__(self, base: nn.Module, precision: str = "float32"):
         module = backend.cpp()[0]
         if module is None:
             raise NotPackable(f"csrc is not there: {backend.cpp()[1]}")
-        if half and not module.multiplies_halves():
-            raise NotPackable(
-                f"{module.isa()} on this processor multiplies no bfloat16 numbers; take float32"
-            )
+        if not module.multiplies(precision):
+            raise NotPackable(f"{module.isa()} on this processor does not multiply {precision}")
         layers = Encoder(base, ALL)
         block = layers.attention_block(0)
         self._keep: list[Tensor] = []
@@ -95,7 +93,7 @@ class Packed:
         self.hidden = block.output.out_features
         if block.heads * block.head_size != self.hidden:
             raise NotPackable("the heads together are of another width than the hidden states")
-        self.encoder = module.Encoder(self.hidden, block.heads, block.head_size, half)
+        self.encoder = module.Encoder(self.hidden, block.heads, block.head_size, precision)
         for layer in range(len(layers.layers)):
             self._add_layer(layers, layer)
         for layer in _repeated(base, len(layers.layers)):
