@@ -22,6 +22,7 @@ _LAZY = {
     "EfficientBertForTokenClassification": "models",
     "capture": "distill.capture",
     "export": "serve.export",
+    "optimize": "serve.optimize",
     "patch": "models.patch",
     "unpatch": "models.patch",
     "layer_map": "distill.layers",

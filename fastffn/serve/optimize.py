@@ -1,0 +1,222 @@
+"""`optimize`: a model as fast as it goes on its device, for inference.
+
+On a CPU the encoder inside becomes csrc's (`packed_encoder`): no work for padding, query, key and
+value as one product, weights packed once, one call a batch. What cannot be packed keeps torch's
+modules with fastffn's feed-forward parts (`models.patch`) and runs texts of like length together
+(`grouped`). On a CUDA device the patched model is replayed as graphs (`graphs`).
+"""
+
+import copy
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.architectures import encoders
+from ..models.patch import patch
+from .graphs import Graphed
+from .grouped import Grouped
+from .packed_encoder import PackedEncoder
+from .packing import NotPackable
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_TEXTS, _TOKENS = 8, 48  # of the sample that accuracy is measured on, if none is given
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `optimize` made, and how far its outputs are from the model's in float32.
+
+    Attributes:
+        engine: "csrc" (packed, without padding), "torch" or "cuda-graphs".
+        precision: of the weights: float32, bfloat16, float16 or int8.
+        why: why the engine is not csrc; "" where it is.
+        output: the output that was compared, such as "logits".
+        largest: the largest difference, over the largest number of the output.
+        typical: root mean square of the difference over that of the output.
+        agreement: of logits, the share of rows with the same largest one; else None.
+    """
+
+    engine: str
+    precision: str
+    why: str
+    output: str
+    largest: float
+    typical: float
+    agreement: float | None
+
+    def __str__(self) -> str:
+        same = "" if self.agreement is None else f", same answer in {self.agreement:.1%}"
+        why = f" ({self.why})" if self.why else ""
+        return (
+            f"{self.engine}, {self.precision}{why}; {self.output} against float32: "
+            f"typically {self.typical:.1e}, at most {self.largest:.1e} off{same}"
+        )
+
+
+def optimize(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    unpad: bool = True,
+    sample: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """A model for inference that is called as the given one and gives the same outputs, faster.
+
+    The given model is not changed and may be let go. Any number of threads may call the result.
+
+    Args:
+        model: an encoder of `models.architectures.ALL`, or of fastffn, with any head, or something
+            that holds one, such as a SentenceTransformer.
+        dtype: of the weights: float32, bfloat16 (norms, sums and attention stay in float32 where
+            csrc computes), or on a CUDA device float16. None: as they are.
+        quantize: "int8": weights in 8 bits, activations too, scaled for each row as it comes; CPU.
+        unpad: leave padding out. False runs a batch as it is given.
+        sample: a batch to compare both on, as the model takes it; None: random tokens.
+
+    Returns:
+        The model, with its `Report` as `report`. Outputs of csrc are float32; padding is zero.
+
+    Raises:
+        UserError: no encoder that is known, a type that this processor does not multiply, an
+            unknown `quantize`.
+    """
+    dtype = dtype or next(model.parameters()).dtype
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype: {dtype}; take torch.float32 or torch.bfloat16")
+    if quantize not in (None, "int8"):
+        raise UserError(f'quantize: expected None or "int8", got {quantize!r}')
+    device = next(model.parameters()).device
+    precision = quantize or _DTYPES[dtype]
+    encoders(model)  # refuses what is not known
+    if device.type == "cuda":
+        if quantize:
+            raise UserError('quantize: "int8" is for the CPU; on a GPU take dtype=torch.bfloat16')
+        made, engine, why = Graphed(_patched(model, dtype)), "cuda-graphs", ""
+    else:
+        made, engine, why = _on_cpu(model, dtype, precision, unpad)
+    made.eval()
+    report = _compared(model, made, sample, engine, precision, why)
+    made.report = report
+    return made
+
+
+def _on_cpu(model: nn.Module, dtype: torch.dtype, precision: str, unpad: bool):
+    """The model, its engine, and why that is not csrc."""
+    why = "padding is kept" if not unpad else ""
+    if unpad:
+        try:
+            return _replaced(model, lambda base: PackedEncoder(base, precision)), "csrc", ""
+        except NotPackable as error:
+            why = str(error)
+    if precision == "int8":
+        raise UserError(
+            f"quantize: int8 needs csrc, and {why}; export to ONNX with int8 instead "
+            '(fastffn.export(model, folder, "onnx", quantize="int8"))'
+        )
+    if precision != "float32" and not _multiplies(dtype):
+        raise UserError(f"dtype: this processor does not multiply {dtype}; take torch.float32")
+    made = _patched(model, dtype)
+    return Grouped(made) if unpad else made, "torch", why
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether products of this type are faster than float32's on this CPU."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _shallow(model: nn.Module) -> nn.Module:
+    """The modules again, with the same tensors."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _patched(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    made = _shallow(model)
+    if dtype != next(model.parameters()).dtype:
+        made = copy.deepcopy(model).to(dtype)
+    return patch(made).requires_grad_(False)
+
+
+def _replaced(model: nn.Module, make) -> nn.Module:
+    """The model with other encoders inside."""
+    made = _shallow(model)
+    names = {module: name for name, module in made.named_modules()}
+    for encoder in encoders(made):
+        place, _, name = names[encoder.base].rpartition(".")
+        if not name:
+            return make(encoder.base)
+        setattr(made.get_submodule(place), name, make(encoder.base))
+    return made
+
+
+def _compared(
+    model: nn.Module,
+    made: nn.Module,
+    sample: Mapping[str, Tensor] | None,
+    engine: str,
+    precision: str,
+    why: str,
+) -> Report:
+    if sample is None:
+        sample = _sample(model)
+    training, dtype = model.training, next(model.parameters()).dtype
+    exact = model if dtype == torch.float32 else copy.deepcopy(model).float()
+    exact.eval()
+    try:
+        with torch.no_grad():
+            name, want = _first(exact(**sample))
+            _, got = _first(made(**sample))
+    finally:
+        model.train(training)
+    want, got = want.float(), got.float()
+    mask = sample.get("attention_mask")
+    if mask is not None and want.dim() == 3 and want.shape[:2] == mask.shape:
+        want, got = want[mask != 0], got[mask != 0]
+    difference = got - want
+    agreement = None
+    if name == "logits" and want.shape[-1] > 1:
+        agreement = (want.argmax(-1) == got.argmax(-1)).float().mean().item()
+    return Report(
+        engine,
+        precision,
+        why,
+        name,
+        (difference.abs().max() / want.abs().max()).item(),
+        (difference.square().mean() / want.square().mean()).sqrt().item(),
+        agreement,
+    )
+
+
+def _first(output) -> tuple[str, Tensor]:
+    """The output that counts, with its name."""
+    for name, value in output.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            return name, value
+    raise UserError("sample: the model gives no numbers to compare")
+
+
+def _sample(model: nn.Module) -> dict[str, Tensor]:
+    """Random tokens in texts of different lengths."""
+    base = encoders(model)[0].base
+    device = next(model.parameters()).device
+    if not hasattr(base.config, "vocab_size"):
+        size, channels = base.config.image_size, base.config.num_channels
+        generator = torch.Generator().manual_seed(0)
+        return {
+            "pixel_values": torch.randn(2, channels, size, size, generator=generator).to(device)
+        }
+    generator = torch.Generator().manual_seed(0)
+    longest = min(_TOKENS, base.config.max_position_embeddings - 2)
+    ids = torch.randint(base.config.vocab_size, (_TEXTS, longest), generator=generator)
+    lengths = torch.linspace(longest, 1, _TEXTS).long()
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    padding = base.config.pad_token_id or 0
+    ids[ids == padding] = (padding + 1) % base.config.vocab_size
+    ids[mask == 0] = padding
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
