@@ -38,9 +38,7 @@ class PackedEncoder(nn.Module):
         self.config = base.config
         self.embeddings = base.embeddings
         self.pooler = getattr(base, "pooler", None)
-        self._pool = getattr(
-            type(base), "pool", None
-        )  # of fastffn's models; reads the config alone
+        self._pool = getattr(type(base), "pool", None)  # fastffn's models': it reads the config
         self.position_bias = _PositionBias(base.encoder) if self.packed.relative else None
         self.eval()
 
