@@ -98,7 +98,7 @@ def events(log: Path) -> list[list[str]]:
 def check(place: str, log: Path, trials: int, killed: set[int]) -> Study:
     study = Study.load(place)
     assert study.counts() == {
-        **{"settled": trials, "finished": trials, "pruned": 0, "diverged": 0},
+        **{"settled": trials, "finished": trials, "pruned": 0, "diverged": 0, "given_up": 0},
         **{"running": 0, "waiting": 0},
     }
     records = study.candidates()

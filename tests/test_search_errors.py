@@ -11,8 +11,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("optuna")
 
 from tiny_recipes import Files
-from tiny_searches import ROWS, changed, coarse, fine, search, undisturbed
+from tiny_searches import ROWS, changed, coarse, fine, report, search, undisturbed
 
+from fastffn.commands.search import summary
 from fastffn.errors import UserError
 from fastffn.search import engine, evaluation
 from fastffn.search.recipe import SearchRecipe
@@ -162,3 +163,30 @@ def test_outputs_that_are_not_finite_are_those_of_a_candidate_that_diverged(file
         patch.setattr(evaluation.OneShot, "__call__", call)
         with pytest.raises(UserError, match="all of them diverged"):
             engine.run(recipe, tmp_path / "run")
+
+
+def test_what_was_given_up_is_tried_when_the_finished_search_is_run_again(
+    files, tmp_path, monkeypatch
+):
+    own, failures = evaluation._Evaluation.score, []
+
+    def score(self, *rest):
+        if len(failures) < 3:
+            failures.append(1)
+            raise OSError(28, "No space left on device")
+        return own(self, *rest)
+
+    monkeypatch.setattr(evaluation._Evaluation, "score", score)
+    recipe, out = search(files, [coarse(rungs=[1], trials=2)]), tmp_path / "run"
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            engine.run(recipe, out)
+    (stage,) = engine.run(recipe, out)["stages"]
+    assert (stage["finished"], stage["given_up"], stage["diverged"]) == (1, 1, 0)
+    assert stage["reasons"] == ["OSError(28, 'No space left on device')"]
+    said, *_ = summary(report(out), out)
+    assert f"1 given up ({stage['reasons'][0]}); the same command tries these again" in said
+    again = engine.run(recipe, out)
+    (stage,) = again["stages"]
+    assert (stage["finished"], stage["given_up"], stage["reasons"]) == (2, 0, [])
+    assert engine.run(recipe, out) == again

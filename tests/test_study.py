@@ -185,8 +185,10 @@ def test_a_candidate_that_kills_its_process_is_given_up(tmp_path):
     assert SPACE.plain()[0].fingerprint not in fingerprints(study)
     assert len(study.candidates()) == 2  # the one given up counts as tried
     assert study.counts() == {
-        **{"settled": 3, "finished": 2, "pruned": 0, "diverged": 1, "running": 0, "waiting": 0}
+        **{"settled": 3, "finished": 2, "pruned": 0, "diverged": 0, "given_up": 1},
+        **{"running": 0, "waiting": 0},
     }
+    assert study.reasons() == ["its process ended"]
 
 
 def test_a_candidate_that_always_raises_is_given_up_and_an_interrupted_one_is_not(tmp_path):
@@ -203,7 +205,8 @@ def test_a_candidate_that_always_raises_is_given_up_and_an_interrupted_one_is_no
             Study(SPACE, evaluate, tmp_path).run(3, seeds=[broken])
     study = Study(SPACE, evaluate, tmp_path)
     study.run(3, seeds=[broken])
-    assert (study.counts()["finished"], study.counts()["diverged"]) == (2, 1)
+    assert (study.counts()["finished"], study.counts()["given_up"]) == (2, 1)
+    assert study.counts()["diverged"] == 0 and study.reasons() == ["RuntimeError('memory')"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])

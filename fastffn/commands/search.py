@@ -151,9 +151,11 @@ def summary(report: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def _of_stage(stage: Mapping[str, Any]) -> str:
-    left = {name: stage[name] for name in ("pruned", "diverged") if stage[name]}
-    ended = "".join(f", {count} {name}" for name, count in left.items())
-    judged = stage["finished"] + stage["pruned"] + stage["diverged"]
+    left = {name: stage.get(name, 0) for name in ("pruned", "diverged", "given_up")}
+    ended = "".join(f", {n} {name.replace('_', ' ')}" for name, n in left.items() if n)
+    if stage.get("reasons"):
+        ended += f" ({stage['reasons'][0]}); the same command tries these again"
+    judged = stage["finished"] + sum(left.values())
     return (
         f"stage {stage['name']}: {judged} candidates in {stage['seconds']:.0f} s, "
         f"{stage['candidates_per_minute']:.1f} a minute{ended}"

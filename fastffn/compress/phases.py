@@ -30,6 +30,7 @@ from fastffn.expr import Gene
 from fastffn.models import EfficientBertModel, extract, from_teacher, supernet_from_teacher
 from fastffn.rundir import atomic_directory
 from fastffn.search.coarse_to_fine import Stage, coarse_to_fine
+from fastffn.search.ledger import verdict
 from fastffn.search.space import frozen
 
 RATE = 2e-3  # peak learning rate at a hidden size of 384; Adam's best falls as width grows
@@ -152,8 +153,7 @@ def search(run: Run) -> dict[str, Any]:
 
     def progress(stage: str, record: dict[str, Any], done: int, of: int) -> None:
         finished = done + (total - fine if stage == "fine" else 0)
-        quality = "diverged" if record["quality"] is None else f"{record['quality']:.3f}"
-        run.progress("search", finished, total, f"{stage}: {quality}")
+        run.progress("search", finished, total, f"{stage}: {verdict(record, 3)}")
 
     result = coarse_to_fine(
         space,

@@ -50,6 +50,7 @@ def run(
     evaluate: Evaluate,
     storage: str | Path | None = None,
     progress: StageProgress | None = None,
+    retry: bool = False,
     **overrides: Any,
 ) -> SearchResult:
     """Searches as the recipe says, coarse to fine; resumes what `storage` holds.
@@ -60,6 +61,7 @@ def run(
         evaluate: takes the genes, one per layer; returns the quality, where more is better.
         storage: run directory, database URL, or None for memory only.
         progress: called after each candidate (see `coarse_to_fine`).
+        retry: candidates that earlier runs gave up, as their processes ended, are tried again.
         overrides: replace the recipe's entries. "seeds": lists of gene texts, one per layer, judged
             first; without it the plain gelu genes in the budget, the four largest.
 
@@ -86,6 +88,7 @@ def run(
         seed=entries.get("seed", 0),
         name=entries.get("name", "search"),
         progress=progress,
+        retry=retry,
     )
 
 

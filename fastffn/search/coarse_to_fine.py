@@ -122,6 +122,7 @@ def coarse_to_fine(
     seed: int = 0,
     name: str = "search",
     progress: StageProgress | None = None,
+    retry: bool = False,
 ) -> SearchResult:
     """Runs the stages in order, each on what the earlier ones found.
 
@@ -135,6 +136,7 @@ def coarse_to_fine(
         name: of the search; its studies are called name.stage.
         progress: called after each candidate with the stage's name, the candidate's record, the
             number finished in the stage and the stage's total.
+        retry: candidates that earlier runs gave up are tried again.
 
     Raises:
         UserError: stages without names of their own, a storage that holds another search, a space
@@ -147,12 +149,16 @@ def coarse_to_fine(
     records: list[dict[str, Any]] = []
     known: list[Evaluated] = []  # by stages that judge as the last one
     winner: Candidate | None = None
+    reasons: list[str] = []  # why candidates were given up
     for place, stage in enumerate(stages):
         if place and not judge.comparable(stage, stages[place - 1]):
             known = []
         here = _narrowed(space, stage, winner)
         first = tuple(seeds) if winner is None else (winner,)
-        study = _searched(here, stage, judge, storage, first, known, winner, seed, name, progress)
+        study = _searched(
+            here, stage, judge, storage, first, known, winner, seed, name, progress, retry
+        )
+        reasons += study.reasons()
         for record, seen in zip(study.candidates(), study.history(), strict=True):
             if record.pop("inherited"):
                 continue
@@ -162,14 +168,15 @@ def coarse_to_fine(
         if known:
             winner = max(known, key=lambda seen: (seen.quality, -seen.candidate.params)).candidate
     if winner is None:
-        raise UserError("no candidate reached a quality: all of them diverged")
+        raise UserError(f"no candidate reached a quality: {_lost(reasons)}")
     last = [
         record
         for record in records
         if not record["pruned"] and judge.comparable(_named(stages, record["stage"]), stages[-1])
     ]
     if not last:
-        raise UserError(f"no candidate of stage {stages[-1].name} reached a quality: all diverged")
+        what = f"no candidate of stage {stages[-1].name} reached a quality"
+        raise UserError(f"{what}: {_lost(reasons)}")
     best = max(last, key=lambda record: (record["quality"], -record["params"]))
     genes = tuple(Gene.parse(text, space.base) for text in best["genes"])
     objectives = stages[-1].objectives
@@ -177,7 +184,15 @@ def coarse_to_fine(
     return SearchResult(genes, best, records, front(last, objectives))
 
 
-def _searched(here, stage, judge, storage, seeds, known, winner, seed, name, progress) -> Study:
+def _lost(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return "all of them diverged"
+    return f"they diverged or were given up ({reasons[0]}); the same call tries these again"
+
+
+def _searched(
+    here, stage, judge, storage, seeds, known, winner, seed, name, progress, retry
+) -> Study:
     """The study of a stage, all of whose candidates are judged."""
     judged: list[Evaluate] = []
     basis = judge.basis(stage, winner)
@@ -192,6 +207,9 @@ def _searched(here, stage, judge, storage, seeds, known, winner, seed, name, pro
     )
     study.note(_BASIS, basis)
     study.inherit(known)
+    over = study.counts()["settled"] >= stage.trials and not study.counts()["finished"]
+    if (retry or over) and not judge.ended(stage, study):
+        study.retry()
     if study.counts()["settled"] < stage.trials and not judge.ended(stage, study):
         judged.append(judge.open(stage, study, winner))
         study.run(

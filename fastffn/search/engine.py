@@ -55,6 +55,7 @@ from fastffn.search.evaluation import (
 )
 from fastffn.search.head import Head
 from fastffn.search.latency import measure
+from fastffn.search.ledger import verdict
 from fastffn.search.recipe import SearchRecipe, SearchStage, read
 from fastffn.search.space import ANY, Candidate, Space
 from fastffn.search.storage import Storage
@@ -100,10 +101,13 @@ def run(
     progress = progress or (lambda phase, done, total, text: None)
     check_storage(storage)
     directory = RunDirectory(out, options(recipe, storage), fresh, _CONTENTS, ("space",))
+    retry = False
     if directory.finished:
         done = directory.kept("trials")
         same_time = recipe.minutes == directory.kept("minutes")
-        if same_time and all(stage.trials <= done[stage.name] for stage in recipe.search):
+        retry = any(stage.get("given_up") for stage in directory.report["stages"])
+        enough = all(stage.trials <= done[stage.name] for stage in recipe.search)
+        if enough and same_time and not retry:
             progress("report", 1, 1, f"finished before: {out} (--fresh starts over)")
             return directory.report
         directory.reopen()
@@ -120,6 +124,7 @@ def run(
             recipe.seed,
             recipe.name,
             search.tell,
+            retry,
         )
     report = search.report()
     directory.keep("minutes", recipe.minutes)
@@ -165,8 +170,7 @@ def compare(
         nonlocal done
         done += 1
         write_text_atomic(kept, json.dumps(judged))
-        quality = "diverged" if record["quality"] is None else f"{record['quality']:.4g}"
-        progress("compare", done, total, f"{method}, seed {seed}: {quality}")
+        progress("compare", done, total, f"{method}, seed {seed}: {verdict(record)}")
 
     with freed_memory_kept():
         search = _Search(recipe, directory, None, progress)

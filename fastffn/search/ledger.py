@@ -2,7 +2,8 @@
 
 Reading costs what changed, not what there is: finished trials are looked at once, claims are read
 from the first unknown slot on. A slot is settled when its candidate has a quality (judged to the
-end or stopped early), diverged, or was given up because it ended its worker too often.
+end or stopped early), diverged, or was given up because it ended its worker too often: what ended
+it may be no fault of its own (no memory, a full disk), so it may be tried anew.
 """
 
 from collections import Counter
@@ -20,10 +21,12 @@ RUNGS = "rungs"  # qualities of rising fidelity, the last one counts
 DIVERGED = "diverged"  # a quality was not a finite number
 RAISED = "raised"  # the evaluation raised this; its candidate may be tried again
 OUTDATED = "outdated"  # there was nothing to judge: another trial has the candidate
+ANEW = "anew"  # it was given up, and is tried again: deaths before this trial count no longer
 INHERITED = "inherited"  # judged in another study
 
 MAX_DEATHS = 3  # a candidate that kills its process or raises this often is given up
 _STOPPED = ("KeyboardInterrupt", "SystemExit")  # somebody ended the process: no fault of its own
+_KILLED = "its process ended"
 
 
 class Ledger:
@@ -51,6 +54,7 @@ class Ledger:
         self._first = 0  # trials before this one are finished and read
         self._read: set[int] = set()  # finished and read, from there on
         self._deaths: Counter[int] = Counter()
+        self._anew: set[int] = set()  # trials that began anew and are read
         self.slots = 0
         self.fingerprints: set[str] = set()
         self.settled: dict[int, dict[str, Any]] = {}
@@ -90,7 +94,20 @@ class Ledger:
                 found.append((trial.user_attrs, trial.user_attrs[RUNGS]))
         return found
 
+    def given_up(self) -> list[int]:
+        """Slots whose candidates were given up."""
+        return [slot for slot, record in self.settled.items() if record["given_up"]]
+
+    def _begin_anew(self, trial) -> None:
+        if ANEW in trial.user_attrs and trial.number not in self._anew:
+            self._anew.add(trial.number)
+            slot = trial.user_attrs[SLOT]
+            self._deaths.pop(slot, None)
+            self.settled.pop(slot, None)
+            self.open.add(slot)
+
     def _unfinished(self, trial) -> None:
+        self._begin_anew(trial)
         if trial.state.name == "WAITING":
             self.waiting += 1
         else:
@@ -109,6 +126,7 @@ class Ledger:
             self.fingerprints.add(attributes[FINGERPRINT])
             return
         slot = attributes[SLOT]
+        self._begin_anew(trial)
         self._attempted(slot, trial)
         if trial.state.name == "FAIL" and DIVERGED not in attributes:
             self._deaths[slot] += not attributes.get(RAISED, "").startswith(_STOPPED)
@@ -127,11 +145,14 @@ def record(trial) -> dict[str, Any]:
     attributes = trial.user_attrs
     rungs = list(attributes.get(RUNGS, ()))
     owner = attributes.get(OWNER)
+    failed = trial.state.name == "FAIL"
+    given_up = failed and DIVERGED not in attributes
     return {
         "number": attributes.get(SLOT),
         "genes": list(attributes[GENES]),
         **{name: attributes[name] for name in COSTS},
-        "quality": None if trial.state.name == "FAIL" else rungs[-1],
+        "quality": None if failed else rungs[-1],
+        "given_up": attributes.get(RAISED, _KILLED) if given_up else None,
         "rungs": rungs,
         "pruned": trial.state.name == "PRUNED",
         "seconds": trial.duration.total_seconds() if trial.duration else 0.0,
@@ -139,3 +160,10 @@ def record(trial) -> dict[str, Any]:
         "inherited": INHERITED in attributes,
         "worker": owner and liveness.worker(owner),
     }
+
+
+def verdict(record: dict[str, Any], digits: int = 4) -> str:
+    """A record's quality, or why it has none, for people."""
+    if record["quality"] is not None:
+        return f"{record['quality']:.{digits}g}"
+    return f"given up: {record['given_up']}" if record["given_up"] else "diverged"

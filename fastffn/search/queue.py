@@ -11,7 +11,7 @@ any worker's next look and done again, and the claim's attempt makes sure that i
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import ledger, liveness
@@ -118,11 +118,21 @@ class Queue:
             self._again(claim)
         return True
 
-    def _again(self, claim: Claim) -> None:
+    def retry(self) -> int:
+        """Queues what was given up again, with as many tries as at first. Returns how many."""
+        self.ledger.refresh()
+        claims = self.claims.get(self.ledger.given_up())
+        found = sum(self._again(claim, {ledger.ANEW: True}) for claim in claims)
+        self.ledger.refresh()
+        return found
+
+    def _again(self, claim: Claim, more: Mapping[str, Any] | None = None) -> bool:
         """Queues a claim's candidate again, unless another does."""
         me = liveness.signature()
-        if self.claims.again(claim, me):
-            self._wait(claim._replace(attempt=claim.attempt + 1, owner=me))
+        mine = self.claims.again(claim, me)
+        if mine:
+            self._wait(claim._replace(attempt=claim.attempt + 1, owner=me), more)
+        return mine
 
     def look_far(self) -> None:
         """Fails the trials whose workers, of any machine, gave no sign of life for too long."""
@@ -130,9 +140,10 @@ class Queue:
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             self._optuna.storages.fail_stale_trials(self._study)
 
-    def _wait(self, claim: Claim) -> None:
+    def _wait(self, claim: Claim, more: Mapping[str, Any] | None = None) -> None:
         candidate = self.candidate(claim.fingerprint, claim.genes)
-        self.add(candidate, {ledger.SLOT: claim.slot, ledger.ATTEMPT: claim.attempt})
+        place = {ledger.SLOT: claim.slot, ledger.ATTEMPT: claim.attempt}
+        self.add(candidate, {**place, **(more or {})})
 
     def _fail(self, number: int) -> None:
         failed = self._optuna.trial.TrialState.FAIL

@@ -64,7 +64,8 @@ def collect(place: str | Path | Storage, name: str | None = None) -> dict[str, A
 
 
 def _counts(report: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    return [(s["finished"], s["pruned"], s["diverged"]) for s in report["stages"]]
+    counted = ("finished", "pruned", "diverged", "given_up")
+    return [tuple(stage.get(key, 0) for key in counted) for stage in report["stages"]]
 
 
 def _collect(storage: Storage, name: str | None) -> dict[str, Any]:
@@ -126,7 +127,8 @@ def _stage(name: str, study: Study, storage: Storage, records: Sequence[Mapping]
     return {
         "name": name,
         "trials": plan.get("trials", counts["settled"]),
-        **{key: counts[key] for key in ("finished", "pruned", "diverged")},
+        **{key: counts[key] for key in ("finished", "pruned", "diverged", "given_up")},
+        "reasons": study.reasons(),
         "seconds": seconds,
         "candidates_per_minute": 60 * len(records) / seconds if seconds else 0.0,
         "freeze": "functions" if space.functions else "shapes" if space.shapes else None,
@@ -215,12 +217,12 @@ def _rows(title: str, columns: Sequence[str]) -> Any:
 def _stages_table(report: Mapping[str, Any]) -> Any:
     """A row for each stage; what is zero everywhere has no column."""
     stages = report["stages"]
-    lost = {"pruned": "stopped early", "diverged": "diverged"}
-    lost = {key: name for key, name in lost.items() if any(stage[key] for stage in stages)}
+    lost = {"pruned": "stopped early", "diverged": "diverged", "given_up": "given up"}
+    lost = {key: name for key, name in lost.items() if any(stage.get(key) for stage in stages)}
     columns = ["stage", "judged", *lost.values(), "best", "a minute", "time", "keeps", "proposals"]
     made = _rows(f"Search {report['name']}", columns)
     for stage in stages:
-        judged = stage["finished"] + stage["pruned"] + stage["diverged"]
+        judged = stage["finished"] + sum(stage[key] for key in lost)
         qualities = [
             record["quality"]
             for record in report["candidates"]

@@ -186,6 +186,17 @@ class Study:
             raise UserError(f"study {self.name}: cannot join, {why}")
         return self._run(plan, proposal(plan["propose"], self.space), (), progress, stop)
 
+    def retry(self) -> int:
+        """Puts candidates that were given up back into the queue: what ended their processes, such
+        as a full disk, may be mended. Nobody else may run the study meanwhile.
+
+        Returns:
+            How many.
+        """
+        self._history = (0, [])
+        with self._storage.connected():
+            return self._queue.retry()
+
     def inherit(self, finished: Iterable[Evaluated]) -> None:
         """Takes over what another study found, as far as it is new and a member of this space.
 
@@ -211,7 +222,7 @@ class Study:
         Keys: number (the slot; None if inherited), genes (texts, one per layer), params, macs,
         latency (microseconds or None), quality (of the highest fidelity that was reached), rungs
         (all qualities, by rising fidelity), pruned (stopped early), seconds, fingerprint,
-        inherited, worker (host:pid or None).
+        inherited, worker (host:pid or None), given_up (None).
         """
         self._ledger.refresh()
         return [dict(record) for record in self._judged()]
@@ -238,6 +249,12 @@ class Study:
         and parameters if there is only quality), cheapest first."""
         objectives = self.objectives if len(self.objectives) > 1 else ("quality", "params")
         return front([r for r in self.candidates() if not r["pruned"]], objectives)
+
+    def reasons(self) -> list[str]:
+        """Why candidates were given up."""
+        self._ledger.refresh()
+        given_up = (self._ledger.settled[slot] for slot in self._ledger.given_up())
+        return sorted({record["given_up"] for record in given_up})
 
     def history(self) -> list[Evaluated]:
         """Every settled candidate with a quality, as `candidates`, as proposals see them."""
@@ -266,17 +283,19 @@ class Study:
         return self._history[1]
 
     def counts(self) -> dict[str, int]:
-        """How many candidates are settled, finished (judged to the end), pruned, diverged (or given
-        up), running and waiting."""
+        """How many candidates are settled, finished (judged to the end), pruned, diverged,
+        given_up, running and waiting."""
         self._ledger.refresh()
         settled = self._ledger.settled.values()
         lost = sum(record["quality"] is None for record in settled)
+        given_up = len(self._ledger.given_up())
         pruned = sum(record["pruned"] for record in settled)
         return {
             "settled": len(settled),
             "finished": len(settled) - pruned - lost,
             "pruned": pruned,
-            "diverged": lost,
+            "diverged": lost - given_up,
+            "given_up": given_up,
             "running": len(self._ledger.running),
             "waiting": self._ledger.waiting,
         }

@@ -19,6 +19,7 @@ from fastffn.errors import UserError
 from fastffn.memory import freed_memory_kept
 from fastffn.search.beginning import options
 from fastffn.search.evaluation import evaluation, fingerprint
+from fastffn.search.ledger import verdict
 from fastffn.search.recipe import SearchRecipe
 from fastffn.search.space import Space
 from fastffn.search.storage import Storage
@@ -78,8 +79,7 @@ def run(
         return found
 
     def told(stage: str, record: Mapping[str, Any], done: int, total: int) -> None:
-        quality = "diverged" if record["quality"] is None else f"{record['quality']:.4g}"
-        tell(stage, done, total, quality)
+        tell(stage, done, total, verdict(record))
 
     with freed_memory_kept():
         judged = work(storage, evaluator, name, progress=told)
