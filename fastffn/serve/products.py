@@ -1,12 +1,12 @@
-"""The bare matrix products of a model: what no runtime of it can go below, and so a ceiling.
+"""The bare matrix products of a model: about what no runtime of it goes below, and so a ceiling.
 
 The products of its linear layers are noted in one forward of a few tokens, whatever the
 architecture, and run again with as many rows as a workload has tokens: each with weights of its
 own, as large as the model's, so that they come from the same caches or the same memory. The ratio
 of two models' products is about what the one can be faster than the other when both run perfectly.
 
-On a CPU they run in oneDNN, on weights in the layout that it likes best: the fastest there is in
-torch.
+On a CPU they run in oneDNN, on weights in the layout that it likes best: the fastest that torch
+has. At few rows better ones are possible, so a small batch may be faster than its products.
 
 Attention's own products are left out: they are few at these lengths, and fused attention never
 computes them as such.
