@@ -109,7 +109,7 @@ def commit() -> str:
 def reach(result: dict[str, Any], tiny: bool = False) -> str:
     """A table: each figure that is aimed at, what is wanted and what was found, the worst of all
     workloads where there are several."""
-    found = [*_against_bert(result, tiny), *_between_runtimes(result)]
+    found = [*_against_bert(result, tiny), *_between_runtimes(result), *_on_gpu(result, tiny)]
     rows = [
         [what, f"{wanted}x", comparison_tables.times(ratio), at]
         for what, wanted, ratio, at in found
@@ -161,6 +161,17 @@ def _between_runtimes(result: dict[str, Any]) -> Iterator[_Figure]:
             if ratios:
                 ratio, name, where = min(ratios)
                 yield f"{part} {precision} against {name}", wanted, ratio, where
+
+
+def _on_gpu(result: dict[str, Any], tiny: bool) -> Iterator[_Figure]:
+    """The small model against the big one in eager torch, which runs sdpa, both in bf16."""
+    (big, small), _ = plan("cuda", {}, tiny)
+    for cell in result["parts"].get("cuda", {}).get("cells", []):
+        base = comparison_tables.find(cell, big, "eager", "bf16")
+        ours = comparison_tables.find(cell, small, OURS, "bf16")
+        wanted = 6.0 if cell["batch_size"] == 1 else 5.0
+        ratio = comparison_tables.over(base, ours)
+        yield f"GPU, bf16 against {big} eager", wanted, ratio, cell["workload"]
 
 
 def markdown(result: dict[str, Any], tiny: bool = False) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ..compress.tables import digits
 from ..figures import BLACK, BLUE, GREEN, GREY, ORANGE, figure, plain_axes, save
 from .comparison import PRODUCTS
-from .comparison_tables import ratio_to_best
+from .comparison_tables import per_batch, ratio_to_best
 from .runtimes import PRECISIONS
 
 _COLOURS = {"fp32": BLUE, "bf16": ORANGE, "int8": GREEN}
@@ -45,17 +45,15 @@ def _times(cells, at: str):
         colours = [
             GREY if row["runtime"] == PRODUCTS else _COLOURS[row["precision"]] for row in found
         ]
-        times = [row["ms"] for row in found]
+        low, times, high = (
+            [per_batch(row[name], cell) for row in found] for name in ("low", "ms", "high")
+        )
         spread = [
-            [row["ms"] - row["low"] for row in found],
-            [row["high"] - row["ms"] for row in found],
+            [b - a for a, b in zip(*two, strict=True)] for two in ((low, times), (times, high))
         ]
         bars = ax.barh(range(len(found)), times, color=colours, xerr=spread, ecolor=BLACK)
-        ax.bar_label(
-            bars,
-            [f" {digits(ms)} {row['precision']}" for ms, row in zip(times, found, strict=True)],
-            fontsize=7,
-        )
+        shown = zip(times, found, strict=True)
+        ax.bar_label(bars, [f" {digits(ms)} {row['precision']}" for ms, row in shown], fontsize=7)
         ax.set_yticks(range(len(found)), names, fontsize=7)
         ax.invert_yaxis()
         ax.margins(x=0.25)
@@ -63,7 +61,7 @@ def _times(cells, at: str):
         ax.set_xlabel("milliseconds")
     for ax in list(axes)[len(cells) :]:
         ax.set_axis_off()
-    made.suptitle(f"Time of a workload, {at}; grey: the bare matrix products")
+    made.suptitle(f"Time of a batch, {at}; grey: the bare matrix products")
     return made
 
 

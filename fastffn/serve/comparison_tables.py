@@ -66,16 +66,18 @@ def at_equal_precision(cells: Sequence[Cell]) -> str:
 
 def against(cells: Sequence[Cell], first: str, model: str) -> str:
     """How many times faster `model` is than `first`: each runtime of it than eager torch in
-    float32, the best than the best, and the ratio of the bare products."""
+    float32 (or what else was measured), the best than the best, and the bare products."""
     contenders = [
         (runtime, precision)
         for precision in PRECISIONS
         for runtime in _runtimes(cells)
         if runtime != PRODUCTS and any(find(cell, model, runtime, precision) for cell in cells)
     ]
+    measured = [p for p in PRECISIONS if any(find(cell, first, "eager", p) for cell in cells)]
+    base_precision = (measured or ["fp32"])[0]
     rows = []
     for cell in cells:
-        base = find(cell, first, "eager", "fp32")
+        base = find(cell, first, "eager", base_precision)
         row = [over(base, find(cell, model, *each)) for each in contenders]
         products = [
             over(*(find(cell, name, PRODUCTS, precision) for name in (first, model)))
@@ -86,9 +88,9 @@ def against(cells: Sequence[Cell], first: str, model: str) -> str:
     header = ["workload", *(" ".join(each) for each in contenders)]
     header += ["best against best", "products fp32", "products bf16"]
     note = (
-        f"Each is so many times faster than {first} in eager torch, float32; best against best "
-        "takes the fastest contender of either model; products are the bare matrix products of "
-        "both models, the ceiling of what is alike in them."
+        f"Each is so many times faster than {first} in eager torch, {base_precision}; best against "
+        "best takes the fastest contender of either model; products are the bare matrix products "
+        "of both models' linear layers, about the ceiling."
     )
     return f"{table(header, rows)}\n\n{note}"
 
@@ -208,12 +210,16 @@ def _name(cell: Cell) -> str:
     return cell["workload"]
 
 
+def per_batch(ms: float, cell: Cell) -> float:
+    """Milliseconds of a batch, of those of the whole workload."""
+    return ms * cell["batch_size"] / cell["texts"]
+
+
 def _time(ms: float | None, cell: Cell) -> str:
     """Milliseconds of a batch and texts per second."""
     if ms is None:
         return DASH
-    each = ms * cell["batch_size"] / cell["texts"]
-    return f"{digits(each)} ({digits(1e3 * cell['texts'] / ms)})"
+    return f"{digits(per_batch(ms, cell))} ({digits(1e3 * cell['texts'] / ms)})"
 
 
 def _models(cells: Sequence[Cell]) -> list[str]:
