@@ -82,7 +82,7 @@ class Interface:
         base = getattr(model, "base_model", model)
         shape = {
             "inputs": inputs,
-            "positions": positions(base),
+            "positions": positions(base) or getattr(config, "max_position_embeddings", None),
             "vocabulary": words.num_embeddings,
             "pad": 0 if pad is None else pad,
         }
@@ -183,15 +183,30 @@ def probes(interface: Interface) -> list[dict[str, Tensor]]:
     return [random_batch(interface, shape, seed) for seed, shape in enumerate(shapes)]
 
 
-def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+def of_tokens(outputs: Mapping[str, Any], attention_mask: Tensor) -> dict[str, Tensor]:
+    """The outputs at real tokens: what stands at padding is nobody's, and differs."""
+    real = attention_mask.cpu().bool()
+    chosen = {}
+    for name, output in outputs.items():
+        output = torch.as_tensor(output).cpu()
+        if name in ("start_logits", "end_logits"):
+            output = torch.where(real, output, 0)
+        chosen[name] = output[real] if output.dim() == 3 else output
+    return chosen
+
+
+def difference(
+    found: Mapping[str, Any], expected: Mapping[str, Any], attention_mask: Tensor
+) -> float:
     """The largest difference of an output, over the largest value of that output if beyond 1.
 
-    Infinite where one is NaN.
+    At real tokens only. Infinite where one is NaN.
     """
+    found, expected = (of_tokens(outputs, attention_mask) for outputs in (found, expected))
     worst = 0.0
     for name, right in expected.items():
-        right = torch.as_tensor(right).double().cpu()
-        gap = (torch.as_tensor(found[name]).double().cpu() - right).abs().max()
+        right = right.double()
+        gap = (found[name].double() - right).abs().max()
         scaled = gap / right.abs().max().clamp(min=1)
         worst = max(worst, scaled.nan_to_num(nan=torch.inf, posinf=torch.inf).item())
     return worst

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
 from ..ops import backend
@@ -31,6 +31,7 @@ from .interface import (
     Plain,
     difference,
     evaluating,
+    of_tokens,
     on_device,
     probes,
     random_batch,
@@ -142,7 +143,9 @@ def _verified(session: Any, model: nn.Module, interface: Interface) -> float:
     plain = Plain(model, interface)
     with evaluating(model):
         for batch in probes(interface):
-            worst = max(worst, difference(run(session, batch), plain(**on_device(batch, model))))
+            expected = plain(**on_device(batch, model))
+            gap = difference(run(session, batch), expected, batch["attention_mask"])
+            worst = max(worst, gap)
     if worst > TOLERANCE:
         raise UserError(
             f"the ONNX graph of {type(model).__name__} differs from torch by {worst:.1e}, "
@@ -185,23 +188,12 @@ def _compared(exact: Any, rounded: Any, interface: Interface) -> dict[str, float
     lengths = [4 + 7 * k % max(1, min(interface.longest, 64) - 4) for k in range(32)]
     batch = random_batch(interface, [min(length, interface.longest) for length in lengths], seed=1)
     expected, found = run(exact, batch), run(rounded, batch)
-    real = batch["attention_mask"].bool()
-    right, ours = (
-        {name: _rows(name, x, real) for name, x in outputs.items()} for outputs in (expected, found)
-    )
-    name = SENTENCE if SENTENCE in right else interface.outputs[0]
-    report = {
-        "cosine": torch.cosine_similarity(ours[name], right[name], dim=-1).mean().item(),
-        "difference": difference(ours, right),
-    }
-    if "logits" in name and right[name].shape[-1] > 1:
-        same = ours[name].argmax(-1) == right[name].argmax(-1)
-        report["agreement"] = same.float().mean().item()
+    mask = batch["attention_mask"]
+    report = {"difference": difference(found, expected, mask)}
+    expected, found = of_tokens(expected, mask), of_tokens(found, mask)
+    name = SENTENCE if SENTENCE in expected else interface.outputs[0]
+    right, ours = expected[name], found[name]
+    report["cosine"] = torch.cosine_similarity(ours, right, dim=-1).mean().item()
+    if "logits" in name and right.shape[-1] > 1:
+        report["agreement"] = (ours.argmax(-1) == right.argmax(-1)).float().mean().item()
     return report
-
-
-def _rows(name: str, x: Tensor, real: Tensor) -> Tensor:
-    """Vectors: a text's, or those of its tokens; padding does not count."""
-    if name in ("start_logits", "end_logits"):
-        return torch.where(real, x, 0)
-    return x[real] if x.dim() == 3 else x

@@ -59,7 +59,8 @@ def _verified(file: Path, model: nn.Module, interface: Interface) -> float:
     with evaluating(model):
         for batch in probes(interface):
             inputs = on_device(batch, model)
-            worst = max(worst, difference(program(**inputs), plain(**inputs)))
+            gap = difference(program(**inputs), plain(**inputs), batch["attention_mask"])
+            worst = max(worst, gap)
     allowed = _TOLERANCES.get(next(model.parameters()).dtype, _HALF)
     if worst > allowed:
         raise UserError(
