@@ -20,9 +20,24 @@ from fastffn.errors import UserError
 from fastffn.models import seams
 from fastffn.models.architectures import ALL, Encoder
 from fastffn.models.pieces import activation_name
-from fastffn.ops import reference
+from fastffn.ops import backend, reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 
 POST_NORM = tuple(kind for kind in PATCHED if kind not in PRE_NORM)
+
+
+@pytest.fixture(autouse=True)
+def _always(request, monkeypatch):
+    """The models here are too small for the ops to be worth it."""
+    if "sizes" not in request.fixturenames:
+        for name in ("whole_unit", "residual_norm", "elementwise"):
+            monkeypatch.setattr(seams.worthwhile, name, lambda *_: True)
+
+
+@pytest.fixture
+def sizes():
+    """Asked for by tests of what is worth it."""
 
 
 @contextlib.contextmanager
@@ -533,3 +548,67 @@ def test_a_replica_does_not_compute_with_the_originals_weights():
     assert layer.intermediate._fastffn_pair.joins(layer.intermediate, x)
     replica = layer.intermediate._replicate_for_data_parallel()
     assert not replica._fastffn_pair.joins(replica, x)
+
+
+def calls_of(model, rows, training=False):
+    made = fastffn.patch(without_dropout(model)) if training else fastffn.patch(model)
+    ids = torch.randint(4, 60, (1, rows))
+    with torch.set_grad_enabled(training), counted() as calls:
+        made(ids)
+    return calls
+
+
+def test_ops_serve_where_they_are_faster(sizes, monkeypatch):
+    """On a processor whose float32 products are ours; the figures are in `worthwhile`."""
+    monkeypatch.setattr(seams.worthwhile.matmul, "is_onednns", lambda dtype: dtype == torch.float32)
+    wide = {"hidden_size": 512, "max_position_embeddings": 512}
+    made = model("bert", **wide)
+    assert calls_of(made, 32) == {}
+    assert calls_of(made, 64) == {"ffn": LAYERS}
+    assert calls_of(made, 256) == {"ffn": LAYERS, "norm": LAYERS}
+    assert calls_of(made, 256, training=True) == {"ffn": LAYERS}
+    assert calls_of(made.bfloat16().eval(), 256) == {"norm": 2 * LAYERS}
+    fastffn.patch(made, recompute="all")
+    with counted() as calls:
+        made(torch.randint(4, 60, (1, 32)))
+    assert calls == {"ffn": LAYERS}
+    assert calls_of(model("bert", hidden_act="gelu_new", **wide), 32) == {"ffn": LAYERS}
+    monkeypatch.setattr(seams.worthwhile.matmul, "is_onednns", lambda dtype: False)
+    assert calls_of(model("bert", **wide), 256) == {"norm": 2 * LAYERS}
+
+
+def test_the_choice_compiles(sizes):
+    """At lengths on both sides of a threshold, with lengths that the graph leaves open."""
+    torch._dynamo.reset()
+    made = fastffn.patch(without_dropout(model("bert", attention="sdpa", num_hidden_layers=1)))
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    for texts in (1, 4, 8):
+        ids = torch.randint(4, 60, (texts, 16))
+        torch.testing.assert_close(compiled(ids)[0], made(ids)[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "vit", "bert"])
+def test_products_by_another_library(kind, sizes, monkeypatch):
+    made = model(kind)
+    plain = states(made, kind)
+    used = mock.Mock(wraps=seams.linear)
+    monkeypatch.setattr(seams, "linear", used)
+    for faster in (True, False):
+        monkeypatch.setattr(seams.worthwhile, "faster_products", lambda x, faster=faster: faster)
+        used.reset_mock()
+        for one, other in zip(states(fastffn.patch(made), kind), plain, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        assert used.call_count == (2 * LAYERS if faster and kind in PRE_NORM else 0)
+        made(**inputs(kind))  # with gradients
+        assert used.call_count == (2 * LAYERS if faster and kind in PRE_NORM else 0)
+
+
+def test_a_portable_graph_has_torchs_operations(sizes):
+    made = model("bert", hidden_act="gelu_new")
+    with backend.portable(), counted() as calls:
+        states(fastffn.patch(made), "bert")
+    assert calls == {}
+    ids = inputs("bert")["input_ids"]
+    exported = torch.export.export(made, (ids,), strict=False)
+    assert not [n for n in exported.graph.nodes if "fastffn" in str(n.target)]
+    torch.testing.assert_close(exported.module()(ids)[0], made(ids)[0], atol=1e-5, rtol=1e-4)

@@ -22,6 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..functional import elementwise, residual_norm
 from ..layers.ffn import is_plain
 from ..ops import ffn as op
+from ..ops.elementwise import is_decomposed
+from ..ops.elementwise import is_plain as is_unwatched
+from ..ops.matmul import linear
+from . import worthwhile
 from .modeling_efficientbert import eager_attention
 from .pieces import find
 
@@ -113,7 +117,8 @@ def _as_torch(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def add_norm(x: Tensor, residual: Tensor, norm: nn.Module, dropout: nn.Module | None) -> Tensor:
     """norm(residual + dropout(x)), each [.., H]."""
-    if x.shape == residual.shape and _ends_plainly(norm, dropout, x.shape[-1]):
+    pays = worthwhile.residual_norm(x, residual, share(dropout))
+    if pays and x.shape == residual.shape and _ends_plainly(norm, dropout, x.shape[-1]):
         y = residual_norm(x, residual, norm.weight, norm.bias, share(dropout), norm.eps)
         return _as_torch(y, torch.promote_types(x.dtype, residual.dtype))
     return norm((x if dropout is None else dropout(x)) + residual)
@@ -128,8 +133,10 @@ class Unit:
     norm: nn.Module
     dropout: nn.Module | None
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether the op may stand for the modules."""
+    def takes(self, x: Tensor, primitive: str, recompute: str) -> bool:
+        """Whether the op may stand for the modules, and is worth it."""
+        if not worthwhile.whole_unit(x, primitive, recompute):
+            return False
         up, down = self.up, self.down
         if not (is_plain(up, nn.Linear) and is_plain(down, nn.Linear)):
             return False
@@ -179,7 +186,7 @@ class Pair:
             and is_bare(module)
             and is_bare(self.output)
             and (not isinstance(activation, nn.Module) or is_bare(activation))
-            and self.unit().takes(x)
+            and self.unit().takes(x, module.primitive, module.recompute)
         )
 
 
@@ -247,7 +254,7 @@ class Layer(Patched):
         unit, whole = Unit(*map(self.piece, names)), self.piece("whole")
         activation = self.piece("activation")
         bare = is_bare(whole) and (not isinstance(activation, nn.Module) or is_bare(activation))
-        if self.primitive and bare and unit.takes(x):
+        if self.primitive and bare and unit.takes(x, self.primitive, self.recompute):
             return unit.run(x, self.primitive, self.recompute)
         if whole is not None:
             return add_norm(whole(x), x, unit.norm, None)
@@ -259,17 +266,32 @@ class Inner(Patched):
         norm, packed, gate = self.piece("norm"), self.piece("packed"), self.piece("gate")
         x = hidden_states if norm is None else norm(hidden_states)
         if packed is None:
-            x = self.activate(self.piece("up")(x), None if gate is None else gate(x))
+            x = self.activate(product(self.piece("up"), x), None if gate is None else gate(x))
         else:
-            x = self.activate(*packed(x).chunk(2, dim=-1))
+            x = self.activate(*product(packed, x).chunk(2, dim=-1))
         dropout, down = self.piece("inner_dropout"), self.piece("down")
         x = x if dropout is None else dropout(x)
-        return x if down is None else down(x)
+        return x if down is None else product(down, x)
 
     def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
-        activation = self.piece("activation")
-        if isinstance(activation, nn.Module) and not is_bare(activation):
-            return activation(up) if gate is None else activation(up) * gate
-        if gate is None:
-            return elementwise(f"{self.primitive}(a)", a=up)
-        return elementwise(f"mul({self.primitive}(a), b)", a=up, b=gate)
+        activation, gated = self.piece("activation"), gate is not None
+        bare = not isinstance(activation, nn.Module) or is_bare(activation)
+        if not bare or not worthwhile.elementwise(up, self.primitive, gated):
+            return activation(up) * gate if gated else activation(up)
+        if gated:
+            return elementwise(f"mul({self.primitive}(a), b)", a=up, b=gate)
+        return elementwise(f"{self.primitive}(a)", a=up)
+
+
+def product(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x); of a plain one in inference by the library that is fast on this processor."""
+    if (
+        torch.is_grad_enabled()
+        or not worthwhile.faster_products(x)
+        or not is_plain(layer, nn.Linear)
+        or not is_unwatched((x, layer.weight))
+        or is_decomposed()
+    ):
+        return layer(x)
+    rows = linear(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
+    return rows.view(*x.shape[:-1], rows.shape[-1])

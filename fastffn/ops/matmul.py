@@ -44,6 +44,11 @@ def _is_intel() -> bool:
         return True
 
 
+def is_onednns(dtype: torch.dtype) -> bool:
+    """Whether products of this type on a CPU go to oneDNN and not to what torch takes."""
+    return dtype == torch.float32 and torch.backends.mkldnn.enabled and _onednn() is not None
+
+
 def explain() -> str:
     """In words, for `fastffn doctor`."""
     if _onednn() is None:
@@ -57,9 +62,9 @@ def _is_dense(w: Tensor) -> bool:
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes x @ weight.T, but for the last rows."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.enabled:
+    if x.device.type != "cpu" or not is_onednns(x.dtype):
         return False
-    return x.shape[1] > 0 and weight.shape[0] > 0 and _onednn() is not None
+    return x.shape[1] > 0 and weight.shape[0] > 0
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
