@@ -73,9 +73,8 @@ inline __attribute__((always_inline)) void score(const float* queries, const flo
 
 // The same for a head of any size: sums of many products are made in pieces, for less rounding.
 template <int R, int V>
-inline __attribute__((always_inline)) void score_head(const float* queries, const float* panel,
-                                                      int64_t head, bool started, float factor,
-                                                      float* scores, Lanes* most) {
+void score_head(const float* queries, const float* panel, int64_t head, bool started, float factor,
+                float* scores, Lanes* most) {
   for (bool last = false; !last; started = true) {
     last = head <= kHeadPiece + kHeadPiece / 2;
     const int64_t piece = last ? head : kHeadPiece;

@@ -46,6 +46,8 @@ template <class T, class S>
 inline __attribute__((always_inline)) Vector<T> widened(const S* from) {
   if constexpr (std::is_same_v<S, T>) {
     return load_vector(from);
+  } else if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<T, float>) {
+    return load_vector(from);
   } else {
     T values[kWidth<T>];
 #pragma omp simd

@@ -32,6 +32,9 @@ struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint16_t loose_halves
+      __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 };
 template <>
 struct VectorOf<double> {
@@ -47,6 +50,14 @@ constexpr int kWidth = kVectorBytes / sizeof(T);
 template <class T>
 inline __attribute__((always_inline)) Vector<T> load_vector(const T* from) {
   return *reinterpret_cast<const typename VectorOf<T>::loose*>(from);
+}
+
+// kWidth<float> numbers.
+inline __attribute__((always_inline)) Vector<float> load_vector(const bfloat16* from) {
+  typedef VectorOf<float>::bits Bits;
+  const VectorOf<float>::halves halves =
+      *reinterpret_cast<const VectorOf<float>::loose_halves*>(from);
+  return reinterpret_cast<Vector<float>>(__builtin_convertvector(halves, Bits) << 16);
 }
 
 template <class T, size_t... lane>
