@@ -1,6 +1,8 @@
 """`fastffn bench model`: workloads, fair races, who is let in, tables, and what cannot be run."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from fastffn.models import EfficientBertConfig, EfficientBertModel
 from fastffn.serve import comparison, comparison_pictures, comparison_tables, products, race
 from fastffn.serve import workloads as workloads_module
 from fastffn.serve.runtimes import RUNTIMES, Files, Runner, Runtime, Setting, Unavailable
-from fastffn.serve.subjects import load_encoder, named, prepare
+from fastffn.serve.subjects import PRESETS, load_encoder, named, prepare
 from fastffn.serve.workloads import Workload, fixed, padding, read_texts, real
 
 pytestmark = pytest.mark.usefixtures("loud_again")
@@ -400,6 +402,17 @@ def test_the_bench_of_serving_has_a_plan_for_each_part(monkeypatch):
         models, chosen = serving.plan(part, {"some": "file"})
         assert models and chosen
         assert all("efficientbert" in models or part == "plain" for _ in chosen)
+
+
+def test_the_page_names_runtimes_presets_and_options(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "serve.md").read_text(encoding="utf-8")
+    page = page.partition("## Compare runtimes")[2]
+    for name in (*RUNTIMES, *PRESETS):
+        assert f"`{name}`" in page
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "model", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert {*re.findall(r"--[a-z-]+(?=[ `])", page)} <= known
 
 
 # -- the command ---------------------------------------------------------------------------------
