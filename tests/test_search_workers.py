@@ -147,6 +147,11 @@ def test_a_worker_with_another_teacher_is_refused(files, interrupted, tmp_path):
     assert text.startswith("stage coarse: models or data of this machine are not those")
 
 
+def test_a_search_that_was_interrupted_says_that_nobody_leads_it(interrupted):
+    _, url = interrupted
+    assert Storage(url).notes("tiny")["beat"] == ""
+
+
 def test_a_worker_with_other_options_is_refused(interrupted):
     _, url = interrupted
     text = refused(url, overrides=["stages.proxy.learning_rate=0.1"])

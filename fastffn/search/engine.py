@@ -115,24 +115,25 @@ def run(
         search = _Search(recipe, directory, storage, progress)
         write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
         search.begin(fresh)
-        coarse_to_fine(
-            search.space,
-            search,
-            search.storage,
-            recipe.search,
-            search.seeds(),
-            recipe.seed,
-            recipe.name,
-            search.tell,
-            retry,
-        )
-    report = search.report()
-    directory.keep("minutes", recipe.minutes)
-    directory.keep("trials", {stage.name: stage.trials for stage in recipe.search})
-    write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        pictures.draw(report, out / show.PICTURES)
-    search.head.note(finished=True)
+        with search.head.alive():
+            coarse_to_fine(
+                search.space,
+                search,
+                search.storage,
+                recipe.search,
+                search.seeds(),
+                recipe.seed,
+                recipe.name,
+                search.tell,
+                retry,
+            )
+            report = search.report()
+            directory.keep("minutes", recipe.minutes)
+            directory.keep("trials", {stage.name: stage.trials for stage in recipe.search})
+            write_text_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
+            if importlib.util.find_spec("matplotlib"):
+                pictures.draw(report, out / show.PICTURES)
+            search.head.note(finished=True)
     directory.finish(report)
     return report
 

@@ -69,6 +69,7 @@ class Storage:
     Attributes:
         backend: what `optuna.create_study` takes.
         lonely: nobody but this object can write to it.
+        heartbeat: seconds between two signs of life.
         grace: seconds without a sign of life after which a worker is dead.
 
     Raises:
@@ -79,7 +80,7 @@ class Storage:
         self._optuna = optuna = import_optuna()
         self.lonely = place is None
         self.place = "memory"
-        self.grace = 0.0
+        self.heartbeat, self.grace = float(_HEARTBEAT_HERE), 0.0
         if place is None:
             self.backend = optuna.storages.InMemoryStorage()
             self._claims: dict[int, MemoryClaims] = {}
@@ -94,7 +95,7 @@ class Storage:
         self.place = without_password(url) if "://" in str(place) else str(place)
         if not create and "://" in str(place):
             _check_there(url, self.place)
-        self.grace = GRACE * interval
+        self.heartbeat, self.grace = float(interval), float(GRACE * interval)
         with quiet(optuna), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._database = _open(optuna, url, self.place, interval)

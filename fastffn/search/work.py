@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .head import HeadWatch
 from .judging import Evaluate
 from .space import Space
 from .storage import AGAIN, Storage
@@ -27,6 +28,7 @@ def work(
     wait: float = 2.0,
     progress: Callable[..., None] | None = None,
     heartbeat: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> int:
     """Judges candidates of a search until its head says that it is finished.
 
@@ -40,24 +42,34 @@ def work(
         wait: seconds between two looks for work.
         progress: called after each candidate, of any worker, with the stage's name and what
             `Study.run` gives.
+        say: called with a line when there is nothing to do since the process that leads the search
+            is gone.
 
     Returns:
         How many candidates this call judged.
 
     Raises:
-        UserError: no such storage or search.
+        UserError: no such storage or search, or a search that nobody has led for long (10 minutes
+            in a run directory, an hour at a URL) with nothing to judge.
         Exception: whatever an evaluation raises.
     """
     place = storage if isinstance(storage, Storage) else Storage(storage, heartbeat, create=False)
     studies: dict[str, Study] = {}
     judged, begun = 0, None
+    watch = HeadWatch(name, place.grace)
+
+    def idle(head: dict[str, Any]) -> None:
+        if (line := watch.look(head)) and say is not None:
+            say(line)
+        time.sleep(wait)
+
     while not (head := place.notes(name)).get("finished"):
         if head.get("begun") != begun:  # started over: other studies, perhaps of the same names
             begun = head.get("begun")
             studies.clear()
         stage, title = _open_stage(place, name, head)
         if stage is None:
-            time.sleep(wait)
+            idle(head)
             continue
         if title not in studies:
             studies.clear()  # with what the stage before was judged by
@@ -68,8 +80,10 @@ def work(
         tell: Progress | None = progress and partial(progress, stage)
         found = study.join(tell, stop=lambda study=study: not study.notes.get("open"))
         judged += found
-        if not found:  # all candidates are settled, and the head has not closed the stage yet
-            time.sleep(wait)
+        if found:
+            watch = HeadWatch(name, place.grace)
+        else:  # all candidates are settled, and the head has not closed the stage yet
+            idle(place.notes(name))
     return judged
 
 

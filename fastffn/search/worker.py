@@ -82,7 +82,9 @@ def run(
         tell(stage, done, total, verdict(record))
 
     with freed_memory_kept():
-        judged = work(storage, evaluator, name, progress=told)
+        judged = work(
+            storage, evaluator, name, progress=told, say=lambda line: tell("waiting", 0, 1, line)
+        )
     return {"name": name, "judged": judged}
 
 
