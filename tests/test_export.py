@@ -298,6 +298,18 @@ def test_models_that_are_no_encoders_are_refused(tmp_path):
         fastffn.export(transformers.BertModel(decoder), tmp_path / "out")
 
 
+def test_optimized_models_are_refused(tmp_path):
+    model = classifier()
+    part = type("Packed", (torch.nn.Module,), {"__module__": "fastffn.serve.packed_encoder"})
+    model.efficientbert.encoder = part()
+    said = "^an optimized EfficientBertForSequenceClassification cannot be exported: give the model"
+    with pytest.raises(UserError, match=said):
+        fastffn.export(model, tmp_path / "out")
+    loaded = fastffn.serve.load(fastffn.export(classifier(), tmp_path / "again"))
+    with pytest.raises(UserError, match="^Served cannot be exported: give the model"):
+        fastffn.export(loaded, tmp_path / "out")
+
+
 def test_exports_need_their_extra(model, tmp_path, monkeypatch):
     from fastffn.serve import onnx_session
 

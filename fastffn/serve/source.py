@@ -47,15 +47,17 @@ class Source:
 
 
 def given(model: nn.Module, tokenizer: Any = None) -> Source:
-    """A model as the source; of a `Served` or a SentenceTransformer, say so by an error.
+    """A model as the source.
 
     Raises:
-        UserError: it is no model of transformers.
+        UserError: it is no model of transformers, or one that was optimized.
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        kind = type(model).__name__
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    optimized = any(type(part).__module__.startswith("fastffn.serve.") for part in parts)
+    if optimized or not isinstance(model, PreTrainedModel):
+        kind = f"an optimized {type(model).__name__}" if optimized else type(model).__name__
         raise UserError(
             f"{kind} cannot be exported: give the model of transformers that it was made of, or "
             "its folder"
