@@ -306,7 +306,7 @@ def test_optimized_models_are_refused(tmp_path):
     with pytest.raises(UserError, match=said):
         fastffn.export(model, tmp_path / "out")
     loaded = fastffn.serve.load(fastffn.export(classifier(), tmp_path / "again"))
-    with pytest.raises(UserError, match="^Served cannot be exported: give the model"):
+    with pytest.raises(UserError, match=r"^Served cannot be exported: give the model"):
         fastffn.export(loaded, tmp_path / "out")
 
 
