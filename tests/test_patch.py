@@ -166,8 +166,13 @@ def test_copies_are_patched_by_themselves(kind):
     torch.save(made, pickled)  # before transformers installs recorders, which cannot be saved
     pickled.seek(0)
     mine = states(made, kind)
+    with counted() as expected:
+        made(**inputs(kind))
     for copied in (copy.deepcopy(made), torch.load(pickled, weights_only=False)):
         assert same(states(copied, kind), mine)
+        with counted() as calls:
+            copied(**inputs(kind))
+        assert calls == expected
         with torch.no_grad():
             for parameter in copied.parameters():
                 parameter.add_(0.5)
@@ -327,6 +332,19 @@ def test_what_sits_on_other_layers_takes_effect(kind):
     intrude(plain)
     intrude(fastffn.patch(made))
     for one, other in zip(states(made, kind), states(plain, kind), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "albert", "modernbert", "vit"])
+def test_an_activation_that_is_replaced_later(kind):
+    def replace(made):
+        for layer in Encoder(made, ALL).layers:
+            path = Encoder(made, ALL).architecture.pieces.activation
+            layer.set_submodule(path, nn.Tanh())
+        return made
+
+    plain = states(replace(model(kind)), kind)
+    for one, other in zip(states(replace(fastffn.patch(model(kind))), kind), plain, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 

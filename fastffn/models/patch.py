@@ -135,8 +135,7 @@ def _feed_forward(layer: _Layer, row: Pieces, attention: str) -> Iterator[_Chang
         yield layer.change(seams.AddNorm, _owner(row.down), **ends)
     else:
         first, last = _owner(row.up), _owner(row.down)
-        found = (find(layer.module, path) for path in (first, last, row.activation))
-        pair = seams.Pair(*found)
+        pair = seams.Pair(find(layer.module, first), find(layer.module, last))
         yield layer.change(seams.Intermediate, first, pair, **begins)
         yield layer.change(seams.Output, last, pair, **ends)
 

@@ -27,7 +27,7 @@ from ..ops.elementwise import is_plain as is_unwatched
 from ..ops.matmul import linear
 from . import worthwhile
 from .modeling_efficientbert import eager_attention
-from .pieces import find
+from .pieces import activation_name, find
 
 PAIR = "_fastffn_pair"
 
@@ -95,6 +95,12 @@ def is_bare(module: nn.Module | None) -> bool:
     )
 
 
+def computes(activation, primitive: str) -> bool:
+    """Whether an activation is that primitive still, and nobody watches it."""
+    bare = not isinstance(activation, nn.Module) or is_bare(activation)
+    return bare and activation_name(activation) == primitive
+
+
 def share(dropout: nn.Dropout | None) -> float:
     """The probability that is in force."""
     return dropout.p if dropout is not None and dropout.training else 0.0
@@ -133,10 +139,8 @@ class Unit:
     norm: nn.Module
     dropout: nn.Module | None
 
-    def takes(self, x: Tensor, primitive: str, recompute: str) -> bool:
-        """Whether the op may stand for the modules, and is worth it."""
-        if not worthwhile.whole_unit(x, primitive, recompute):
-            return False
+    def takes(self, x: Tensor) -> bool:
+        """Whether the op may stand for the modules."""
         up, down = self.up, self.down
         if not (is_plain(up, nn.Linear) and is_plain(down, nn.Linear)):
             return False
@@ -169,7 +173,6 @@ class Pair:
 
     intermediate: nn.Module
     output: nn.Module
-    activation: object  # of the intermediate when it was patched
 
     def unit(self) -> Unit:
         output = self.output
@@ -178,15 +181,15 @@ class Pair:
 
     def joins(self, module: nn.Module, x: Tensor) -> bool:
         """Whether `module`, one of the two or a copy by DataParallel, leaves all to the output."""
-        activation = self.intermediate.piece("activation")
+        if not worthwhile.whole_unit(x, module.primitive, module.recompute):
+            return False
         return (
             self.intermediate is module
-            and activation is self.activation
             and isinstance(self.output, Patched)
             and is_bare(module)
             and is_bare(self.output)
-            and (not isinstance(activation, nn.Module) or is_bare(activation))
-            and self.unit().takes(x, module.primitive, module.recompute)
+            and computes(module.piece("activation"), module.primitive)
+            and self.unit().takes(x)
         )
 
 
@@ -253,8 +256,8 @@ class Layer(Patched):
         names = ("up", "down", "norm", "dropout")
         unit, whole = Unit(*map(self.piece, names)), self.piece("whole")
         activation = self.piece("activation")
-        bare = is_bare(whole) and (not isinstance(activation, nn.Module) or is_bare(activation))
-        if self.primitive and bare and unit.takes(x, self.primitive, self.recompute):
+        pays = self.primitive and worthwhile.whole_unit(x, self.primitive, self.recompute)
+        if pays and is_bare(whole) and computes(activation, self.primitive) and unit.takes(x):
             return unit.run(x, self.primitive, self.recompute)
         if whole is not None:
             return add_norm(whole(x), x, unit.norm, None)
@@ -275,12 +278,12 @@ class Inner(Patched):
 
     def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         activation, gated = self.piece("activation"), gate is not None
-        bare = not isinstance(activation, nn.Module) or is_bare(activation)
-        if not bare or not worthwhile.elementwise(up, self.primitive, gated):
-            return activation(up) * gate if gated else activation(up)
-        if gated:
-            return elementwise(f"mul({self.primitive}(a), b)", a=up, b=gate)
-        return elementwise(f"{self.primitive}(a)", a=up)
+        pays = worthwhile.elementwise(up, self.primitive, gated)
+        if pays and computes(activation, self.primitive):
+            if gated:
+                return elementwise(f"mul({self.primitive}(a), b)", a=up, b=gate)
+            return elementwise(f"{self.primitive}(a)", a=up)
+        return activation(up) * gate if gated else activation(up)
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:

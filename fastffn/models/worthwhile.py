@@ -52,7 +52,7 @@ def residual_norm(x: Tensor, residual: Tensor, dropout: float) -> bool:
     if x.device.type != "cpu":
         return True
     if dropout > 0:
-        return x.numel() >= 1 << 13
+        return x.numel() >= 1 << 14
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
         return x.dtype in _HALVES and x.numel() >= 1 << 17
     return x.numel() >= 1 << 16
