@@ -108,7 +108,7 @@ class HeadWatch:
             self._since, self._said = now, False
         self._beat = beat
         gone = now - self._since
-        if gone > _LONG * self._grace:
+        if self._said and gone > _LONG * self._grace:
             raise UserError(
                 f"the process of the search {self._name} gave no sign of life for "
                 f"{gone / 60:.0f} minutes: give its fastffn search command again, then this one"
