@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "attention.h"
@@ -227,14 +228,18 @@ bool even(const Encoding& call, const std::vector<Group>& groups, int threads, i
   return *std::max_element(load.begin(), load.end()) * threads <= tokens * kEvenly;
 }
 
+using Workers = std::vector<std::unique_ptr<Worker>>;
+
 void by_texts(const Encoding& call, const std::vector<Group>& groups, int threads) {
   int64_t most = 0;
   for (const Group& group : groups) most = std::max(most, rows_of(call, group));
   const Encoder& encoder = *call.encoder;
   const int64_t row = 3 * whole_panels(encoder.hidden);
+  Workers workers;  // made here: memory may run out, and no exception may leave a thread
+  for (int t = 0; t < threads; ++t) workers.push_back(std::make_unique<Worker>(call, most, most));
 #pragma omp parallel num_threads(threads)
   {
-    Worker worker(call, most, most);
+    Worker& worker = *workers[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
     for (size_t g = 0; g < groups.size(); ++g) {
       const int64_t first = call.starts[groups[g].first], last = call.starts[groups[g].last];
@@ -249,24 +254,28 @@ void by_texts(const Encoding& call, const std::vector<Group>& groups, int thread
   }
 }
 
-void by_rows(const Encoding& call, int threads, int64_t tokens) {
+void by_rows(const Encoding& call, int shares, int64_t tokens) {
   const Encoder& encoder = *call.encoder;
   const int64_t size = tokens * 3 * whole_panels(encoder.hidden);
   // Two, by turns: a thread may be in the next layer while another still reads this one's keys.
   const Memory<float> buffers[2] = {allocate<float>(size + kLanes), allocate<float>(size + kLanes)};
-#pragma omp parallel num_threads(threads)
+  const auto begin = [tokens, shares](int share) { return tokens * share / shares; };
+  Workers workers;
+  for (int share = 0; share < shares; ++share)
+    workers.push_back(std::make_unique<Worker>(call, 0, begin(share + 1) - begin(share)));
+#pragma omp parallel num_threads(shares)
   {
-    const int64_t count = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t first = tokens * me / count, last = tokens * (me + 1) / count;
-    Worker worker(call, 0, last - first);
+    const int me = omp_get_thread_num(), count = omp_get_num_threads();  // maybe fewer than asked
+    for (int s = me; s < shares; s += count) workers[s]->embed(begin(s), begin(s + 1));
     int turn = 0;
-    worker.embed(first, last);
     for (const int index : encoder.order) {
       const Layer& layer = *encoder.layers[index];
       float* qkv = buffers[turn ^= 1].get();
-      worker.project(layer, qkv, first, last);
+      for (int s = me; s < shares; s += count)
+        workers[s]->project(layer, qkv, begin(s), begin(s + 1));
 #pragma omp barrier
-      worker.finish(layer, qkv, first, last);
+      for (int s = me; s < shares; s += count)
+        workers[s]->finish(layer, qkv, begin(s), begin(s + 1));
     }
   }
 }
