@@ -7,7 +7,8 @@ RUNS ?= 3
 # For `make sanitize`: what is checked, and the tests of csrc.
 CHECKS := address,undefined
 SANITIZED := $(wildcard tests/test_math.py tests/test_elementwise.py tests/test_residual_norm.py \
-  tests/test_relation.py tests/test_relation_losses.py tests/test_ffn.py tests/test_cuda_emulated.py)
+  tests/test_attention.py tests/test_relation.py tests/test_relation_losses.py tests/test_ffn.py \
+  tests/test_cuda_emulated.py)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -180,6 +180,10 @@ def explain() -> list[tuple[str, str, str, str]]:
     if torch.cuda.is_available() and not _relations_on_triton():
         on_cuda = ("cuda", "reference", "a few heads at a time; only Triton has a kernel for CUDA")
     rows += [("relation", *row) for row in (on_cpu, on_cuda)]
+    on_cuda = ("cuda", *_explain_cuda())
+    if torch.cuda.is_available():
+        on_cuda = ("cuda", "reference", "one sequence at a time, by torch")
+    rows += [("attention", *row) for row in (on_cpu, on_cuda)]
     return [*rows, ("linear", "cpu", "torch", matmul.explain())]
 
 
