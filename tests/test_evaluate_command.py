@@ -129,13 +129,13 @@ def test_int8_is_within_a_point_on_sst2(tmp_path):
     from fastffn.data.tasks import load_task
 
     name = "sentence-transformers/all-MiniLM-L6-v2"
-    data = load_task("sst2", limit={"train": 3000}).splits
+    data = load_task("sst2", limit={"train": 2000}).splits
     exact = serve.load(fastffn.export(name, tmp_path / "exact", "onnx"))
     rounded = serve.load(fastffn.export(name, tmp_path / "int8", "onnx", quantize="int8"))
     train, held = data["train"], data["validation"]
     head = LogisticRegression(max_iter=1000).fit(exact.encode(train.first).numpy(), train.labels)
     scores = [head.score(s.encode(held.first).numpy(), held.labels) for s in (exact, rounded)]
-    assert scores[0] > 0.8 and abs(scores[0] - scores[1]) <= 0.01
+    assert scores[0] > 0.75 and abs(scores[0] - scores[1]) <= 0.01, scores
 
 
 def test_commands_of_the_page_exist():

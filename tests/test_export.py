@@ -74,6 +74,7 @@ def test_graph_is_of_the_standard(graph):
     assert [v.name for v in read.graph.input] == names
     assert all(shape(v) == ["batch", "length"] for v in read.graph.input)
     assert {v.name: shape(v) for v in read.graph.output} == {"logits": ["batch", 2]}
+    assert b".py" not in (graph / "model.onnx").read_bytes()  # nothing of where it was written
     gelu = [node for node in read.graph.node if node.op_type == "Gelu"]
     assert gelu and all(node.attribute[0].s == b"tanh" for node in gelu)
 
@@ -133,6 +134,20 @@ def test_int8_is_smaller_and_close(model, words, graph, tmp_path):
     assert found["cosine"] > 0.99 and found["agreement"] > 0.9 and 0 < found["difference"] < 0.2
     exact, rounded = (fastffn.serve.load(folder).encode(TEXTS) for folder in (graph, out))
     assert 0 < (exact - rounded).abs().max() < 0.2 * exact.abs().max()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_beyond_a_protobuf_lie_beside_the_graph(model, tmp_path, monkeypatch, quantize):
+    monkeypatch.setattr(onnx_export, "_IN_ONE_FILE", 0)
+    out = fastffn.export(model, tmp_path / "out", "onnx", quantize=quantize)
+    (graph,) = out.glob("*.onnx")
+    (data,) = out.glob("*.data")
+    assert {graph.name, data.name} <= set(Manifest.read(out).files)
+    ids = torch.arange(6, 15)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    found = fastffn.serve.load(out.rename(tmp_path / "moved"))(input_ids=ids)["logits"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if quantize is None else 0.5)
 
 
 _WITHOUT_FASTFFN = """

@@ -59,6 +59,8 @@ def write(
             outputs are not torch's.
     """
     require(*PACKAGES)
+    import onnx_ir.passes.common
+
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
     with contextlib.ExitStack() as stack:
@@ -66,6 +68,8 @@ def write(
         if quantize is not None:  # float32 only to start from
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         program = _traced(model, interface)
+        clear = onnx_ir.passes.common.ClearMetadataAndDocStringPass()
+        clear(program.model)  # each node's lines of source and their paths on this machine
         size = sum(parameter.numel() * 4 for parameter in model.parameters())
         program.save(str(place / FILE), external_data=size > _IN_ONE_FILE)
         report = {"opset": _checked(place / FILE)}
