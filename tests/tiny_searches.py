@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_recipes import Files
 
 from fastffn.cli import main
-from fastffn.search import pictures
+from fastffn.search import pictures, storage
 from fastffn.search.recipe import SearchRecipe
 from fastffn.search.study import Study
 
@@ -158,12 +157,11 @@ def undisturbed():
 # -- processes -----------------------------------------------------------------------------------
 
 
-def spawn(recipe: SearchRecipe, out: Path, die_at: int | float | None = None) -> int:
+def spawn(recipe: SearchRecipe, out: Path, die_at: int | None = None) -> int:
     """Runs `fastffn search` in a process of its own.
 
     Args:
-        die_at: an integer: kill -9 before the run touches a file of `out` for that time; a float:
-            so many seconds after its database is there.
+        die_at: kill -9 at the event of that number, see `events`.
 
     Returns:
         The exit status; -9 if it was killed. What it said is in `out`.log.
@@ -175,7 +173,13 @@ def spawn(recipe: SearchRecipe, out: Path, die_at: int | float | None = None) ->
     return process.exitcode
 
 
-def begin(recipe: SearchRecipe, out: Path, die_at: int | float | None = None):
+def events(out: Path) -> int:
+    """How often the last run that came to its end touched a file of `out` or changed its database:
+    moments that do not depend on how fast the machine is."""
+    return int(Path(f"{out}.events").read_text())
+
+
+def begin(recipe: SearchRecipe, out: Path, die_at: int | None = None):
     """The same, without waiting for its end."""
     yaml = Path(f"{out}.yaml")
     yaml.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -191,44 +195,46 @@ def said(out: Path) -> str:
     return Path(f"{out}.log").read_text(encoding="utf-8")
 
 
-def _started(command: list[str], out: Path, die_at: int | float | None):
+def _started(command: list[str], out: Path, die_at: int | None):
     process = _FORK.Process(target=_run, args=(command, out, die_at))
     process.start()
     return process
 
 
-def _run(command: list[str], out: Path, die_at: int | float | None) -> None:
+def _run(command: list[str], out: Path, die_at: int | None) -> None:
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     watch = _Watch(out, die_at)
     sys.addaudithook(watch)
+
+    class Watched(storage._SQLite):
+        def commit(self) -> None:
+            watch.event()
+            super().commit()
+
+    storage._SQLite = Watched
     with undisturbed():
         status = main(command)
-    Path(f"{out}.touched").write_text(str(watch.count))
+    Path(f"{out}.events").write_text(str(watch.count))
     sys.exit(status)
 
 
 class _Watch:
     """An audit hook that counts what happens to files of a folder, and may kill the process."""
 
-    def __init__(self, folder: Path, die_at: int | float | None):
+    def __init__(self, folder: Path, die_at: int | None):
         self.folder, self.die_at, self.count = f"{folder}{os.sep}", die_at, 0
-        self.alarm: threading.Timer | None = None
 
     def __call__(self, event: str, arguments: tuple) -> None:
         if event not in ("open", "os.rename", "os.mkdir", "sqlite3.connect"):
             return
         path = str(arguments[event == "os.rename"])
-        if not path.startswith(self.folder):
-            return
-        if self.count == self.die_at:
-            self.die()
-        if isinstance(self.die_at, float) and not self.alarm and event == "sqlite3.connect":
-            self.alarm = threading.Timer(self.die_at, self.die)
-            self.alarm.start()
-        self.count += 1
+        if path.startswith(self.folder):
+            self.event()
 
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(600)
+    def event(self) -> None:
+        if self.count == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        self.count += 1
