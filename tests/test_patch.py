@@ -63,20 +63,22 @@ def counted():
 def states(made, kind, **kwargs):
     """All hidden states, and all attention maps if asked for."""
     with torch.no_grad():
-        out = made(**cast(inputs(kind), made.dtype), output_hidden_states=True, **kwargs)
+        out = made(**cast(inputs(kind), made), output_hidden_states=True, **kwargs)
     return (*out.hidden_states, *(out.attentions or ()), out[0])
 
 
-def cast(batch, dtype):
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+def cast(batch, made):
+    """For the model's device, and pixels in its type."""
+    batch = {name: x.to(made.device) for name, x in batch.items()}
+    return {name: x.to(made.dtype) if x.is_floating_point() else x for name, x in batch.items()}
 
 
 def gradients(made, kind):
     """Of every parameter, of a loss that weighs all outputs."""
     made.zero_grad()
-    y = made(**cast(inputs(kind), made.dtype))[0]
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    (y * weights).sum().backward()
+    y = made(**cast(inputs(kind), made))[0]
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    (y * weights.to(y)).sum().backward()
     return {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
 
 
@@ -119,6 +121,23 @@ def test_gradients_by_the_oracle_rule(kind):
     whole = max(g.abs().max().item() for g in exact.values())
     for name, gradient in mine.items():
         assert_accurate(gradient, exact[name], plain[name], name, floor=1e-6 * whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PATCHED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(kind, dtype):
+    made = without_dropout(model(kind)).to("cuda", dtype)
+    wide = copy.deepcopy(made).double()
+    exact, plain = (states(wide, kind), gradients(wide, kind)), gradients(made, kind)
+    outputs = states(made, kind)
+    fastffn.patch(made)
+    for one, true, other in zip(states(made, kind), exact[0], outputs, strict=True):
+        assert_accurate(one, true, other, kind)
+    whole = max(g.abs().max().item() for g in exact[1].values())
+    floor = (1e-6 if dtype == torch.float32 else 1e-2) * whole
+    for name, gradient in gradients(made, kind).items():
+        assert_accurate(gradient, exact[1][name], plain[name], name, floor=floor)
 
 
 @pytest.mark.parametrize("kind", PATCHED)
@@ -211,15 +230,11 @@ COMPILED = ("bert", "modernbert")  # the others take seconds too
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=[] if kind in COMPILED else [pytest.mark.slow])
-        for kind in PATCHED
-        if kind not in ("deberta-v2", "megatron-bert", "mpnet")
-    ],
+    [pytest.param(kind, marks=[] if kind in COMPILED else [pytest.mark.slow]) for kind in PATCHED],
 )
 def test_compiles_as_one_graph(kind):
     torch._dynamo.reset()
-    made = model(kind, attention="sdpa", num_hidden_layers=1)
+    made = model(kind, num_hidden_layers=1)
     fastffn.patch(without_dropout(made))
     grads = gradients(made, kind)
     plain = made(**inputs(kind))[0]
