@@ -316,6 +316,25 @@ def test_a_clash_of_file_and_override_names_the_file(written, tmp_path):
     assert "mine.yaml:13: stages.gd.data is general: choose from task" in message
 
 
+def test_a_task_may_be_a_file_beside_its_data(written, tmp_path):
+    (tmp_path / "own").mkdir()
+    file = tmp_path / "own" / "reviews.yaml"
+    file.write_text("texts: [body]\ntrain: a.csv\nvalidation: b.csv\n")
+    data = written("teacher=t", f"data.task.task={file}").data["task"]
+    assert data.task == {
+        "name": "reviews",
+        "texts": ["body"],
+        "train": "a.csv",
+        "validation": "b.csv",
+    }
+    assert data.dir == str(file.parent)
+    there = written("teacher=t", f"data.task.task={file}", "data.task.dir=there")
+    assert there.data["task"].dir == "there"
+    assert "absent.yaml cannot be read" in said(written, "teacher=t", "data.task.task=absent.yaml")
+    file.write_text("- no mapping\n")
+    assert "is no task" in said(written, "teacher=t", f"data.task.task={file}")
+
+
 def test_a_teacher_must_have_been_trained(written):
     assistant = "models.ta={like: teacher, config: {hidden_size: 64}}"
     first = ["stages.gd.student=ta", "stages.tsd.teacher=ta"]

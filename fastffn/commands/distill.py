@@ -26,7 +26,7 @@ def add(commands: Any, add_command: Callable[..., argparse.ArgumentParser]) -> N
     text = "fine-tune a model on a task: what teachers and baselines are made by"
     finetune = add_command(commands, "finetune", _finetune, text, _resume)
     finetune.add_argument("model", metavar="MODEL", help="a directory or a hub name")
-    finetune.add_argument("task", metavar="TASK", help="a known task, such as sst2")
+    finetune.add_argument("task", metavar="TASK", help="a known task, such as sst2, or a YAML file")
     _add_common(finetune)
     finetune.add_argument(
         "--data-dir",
@@ -69,7 +69,9 @@ def _finetune(arguments: argparse.Namespace) -> int:
     given.append(f"data.task.task={_quoted(arguments.task)}")
     if arguments.data_dir is not None:
         given.append(f"data.task.dir={_quoted(arguments.data_dir)}")
-    return _run(arguments, "finetune", [*given, *arguments.overrides], f"-{arguments.task}")
+    return _run(
+        arguments, "finetune", [*given, *arguments.overrides], f"-{Path(arguments.task).stem}"
+    )
 
 
 def _quoted(text: str) -> str:

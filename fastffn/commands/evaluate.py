@@ -135,15 +135,12 @@ def _on_task(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _task(given: str, directory: str | None) -> tuple[str | dict, str | Path | None]:
     """A known task by name, or a file's mapping; a file's paths begin where it lies."""
-    path = Path(given)
-    if path.suffix not in (".yaml", ".yml"):
-        return given, directory
-    from fastffn.distill.recipe_yaml import parse_file
+    from fastffn.distill import task_files
 
-    values, _ = parse_file(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is no task: it has keys such as kind, texts, label, validation")
-    return {"name": path.stem, **values}, directory or path.parent
+    if not task_files.is_task_file(given):
+        return given, directory
+    values, folder = task_files.read(given)
+    return values, directory or folder
 
 
 def _check_head(name: str, served: Any, task: Any) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastffn.distill import recipe_checks, recipe_overrides, recipe_yaml
+from fastffn.distill import recipe_checks, recipe_overrides, recipe_yaml, task_files
 from fastffn.distill.recipe_fields import RecipeError, build, choice, dotted
 from fastffn.distill.recipe_parts import (
     TOP_MODELS,
@@ -298,7 +298,7 @@ def built(values: dict[str, Any], name: str, also: Iterable[str] = ()) -> Recipe
     if not isinstance(listed, Mapping):
         raise RecipeError(("data",), "is missing: give a mapping, names with what to train on")
     data = {
-        key: build(DataSpec, spec, _named(key, ("data", key)))
+        key: task_files.resolved(build(DataSpec, spec, _named(key, ("data", key))))
         for key, spec in listed.items()
         if spec is not None
     }

@@ -94,7 +94,8 @@ class DataSpec:
     """What is trained on: exactly one of task and text.
 
     Attributes:
-        task: a name of `fastffn.data.tasks.TASKS`, or the description of a task of one's own.
+        task: a name of `fastffn.data.tasks.TASKS`, or the description of a task of one's own; in a
+            recipe also a YAML file with one (`task_files`).
         text: UTF-8 files, or patterns of names such as "wiki/*.txt.gz".
         dir: the task's folder, or the one above it; None: FASTFFN_DATA, else the hub.
         max_length: tokens of a sequence, special ones included.
