@@ -5,6 +5,7 @@ in onnxruntime; a program of torch.export in torch.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def _graph(folder: Path, kind: str, manifest: Manifest, threads: int | None) -> 
     if kind == "onnx":
         name = onnx_export.FILE_INT8 if quantize else onnx_export.FILE
         session = open_session(folder / name, threads)
-        function: _Run = lambda batch: run(session, batch)  # noqa: E731
+        function: _Run = partial(run, session)
     else:
         function = _program(folder / torch_export.FILE)
     with quiet():
