@@ -1,14 +1,17 @@
-"""docs/distillation.md and docs/search.md: examples run, every key of a recipe is named."""
+"""docs: examples run, keys of recipes are named, commands are understood, links lead somewhere."""
 
 import dataclasses
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from fastffn.cli import _parser
+from fastffn.commands import bench, search
 from fastffn.data.tasks import load_task
 from fastffn.distill import read
 from fastffn.distill.recipe import DataSpec, ModelSpec, Recipe, Schedule, Stage
@@ -23,6 +26,8 @@ from fastffn.search.recipe import shipped as shipped_searches
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, SEARCH = DOCS / "distillation.md", DOCS / "search.md"
+EMBED, CLASSIFIER = "compress-an-embedding-model.md", "compress-a-classifier.md"
+MADE = ("recipe.yaml", "runs/search/student.yaml")  # files of the reader's
 
 
 def blocks(language: str, page: Path = PAGE) -> list[str]:
@@ -165,3 +170,65 @@ def test_the_table_of_latencies_is_measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block("python", "measure(", SEARCH), "docs", "exec"), {})
     assert LatencyTable.load("table.json").target == Target("cpu", length=32, threads=1)
+
+
+# -- docs/tasks ----------------------------------------------------------------------------------
+
+TASKS = sorted((DOCS / "tasks").glob("*.md"))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every `fastffn ...` of a page, as the shell gives them."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
+    found = []
+    for words in (shlex.split(line, comments=True) for line in lines if "fastffn " in line):
+        for last, word in enumerate(words):
+            if word == "fastffn" and words[:1] not in (["pip"], ["python"]):
+                found.append(words[last + 1 :])
+                break
+    return found
+
+
+@pytest.mark.parametrize("page", TASKS, ids=lambda page: page.stem)
+def test_the_commands_of_a_task_are_understood(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("embed.yaml").write_text(block("yaml", "stages:", page.parent / EMBED), encoding="utf-8")
+    reviews = block("yaml", "validation:", page.parent / CLASSIFIER)
+    Path("reviews.yaml").write_text(reviews, encoding="utf-8")
+    found = commands(page)
+    assert found
+    for words in found:
+        if " ".join(words[:2]) in (*bench.TWO_WORDS, *search.TWO_WORDS):
+            words = [" ".join(words[:2]), *words[2:]]
+        given, rest = _parser().parse_known_args(words)
+        overrides = [word for word in rest if "=" in word]
+        assert rest == overrides, words
+        recipe = getattr(given, "recipe", None)
+        overrides = [*getattr(given, "overrides", []), *overrides]
+        if words[0] == "finetune":
+            read("finetune", [f"student={given.model}", f"data.task.task={given.task}", *overrides])
+        elif words[0] == "distill" and recipe not in (None, *MADE):
+            read(recipe, overrides)
+        elif words[0] == "search" and recipe is not None:
+            read_search(recipe, overrides)
+
+
+@pytest.mark.parametrize("page", [*TASKS, DOCS.parent / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, link
+
+
+def test_all_tasks_are_in_the_readme():
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert len(TASKS) == 6 and all(f"docs/tasks/{page.name}" in text for page in TASKS)
