@@ -48,7 +48,6 @@ def files(tmp_path_factory):
     return Files(tmp_path_factory.mktemp("tiny") / "files")
 
 
-@pytest.mark.slow
 def test_a_search_that_is_killed_twice_ends_like_others(files, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert spawn(three(files), whole) == 0, said(whole)
