@@ -1,7 +1,9 @@
 // A BERT-like encoder for inference, as one call: what fastffn/serve packs from a model's layers.
 //
-//   h [tokens, H] -> L x ( a = LayerNorm(h + out(attention(h)));
-//                          h = a; for each unit: h = LayerNorm(h + epilogue(down(middle(up(h))))) )
+//   h [tokens, H] -> L x ( h = LayerNorm(h + out(attention(h)));
+//                          for each unit: h = LayerNorm(h + epilogue(down(middle(up(h))))) )
+//
+// or, with the norms before, h = h + out(attention(LayerNorm(h))) and so on, and a norm in the end.
 //
 // Tokens are those of all texts one after the other, without padding. Weights are packed once, in
 // float, bfloat16 or int8; sums, the residual stream, attention, elementwise programs and norms are
@@ -27,7 +29,7 @@ struct Segment {
 };
 
 struct Norm {
-  std::vector<float> weight, bias;  // [H]; ones and zeros where the model has none
+  std::vector<float> weight, bias;  // [H]; ones and zeros where the model has none; empty: no norm
   float eps;
 };
 
@@ -44,6 +46,10 @@ struct Layer {
   PackedLinear qkv;
   PackedLinear output;
   float scale;  // of the scores
+  // Rotation of queries and keys by their positions, [places, head size / 2]; null: none.
+  const float* cosines = nullptr;
+  const float* sines = nullptr;
+  int64_t window = 0;  // a token sees those up to so far from it; 0: all
   Norm norm;
   std::vector<Unit> units;
 };
@@ -59,9 +65,8 @@ struct Embeddings {
   int64_t width = 0;
   bool trigram = false;
   PackedLinear before, after;        // no panels: none
-  const float* positions = nullptr;  // [places, E]
-  int64_t places = 0;
-  const float* segments = nullptr;  // [kinds, E], or null
+  const float* positions = nullptr;  // [places, E], or null
+  const float* segments = nullptr;   // [kinds, E], or null
   int64_t kinds = 0;
   Norm norm;
 
@@ -73,9 +78,12 @@ struct Encoder {
   int64_t heads;
   int64_t head_size;
   Precision precision;
+  bool pre_norm = false;
   Embeddings embeddings;
+  Norm last;  // behind all layers, where norms stand before
   std::vector<std::unique_ptr<Layer>> layers;
-  std::vector<int> order;  // of the layers, some more than once if weights are shared
+  int64_t places = INT64_MAX;  // positions that its tables have
+  std::vector<int> order;      // of the layers, some more than once if weights are shared
 
   // The widest first product of all units, in columns.
   int64_t widest() const;

@@ -86,6 +86,7 @@ Segment segment(const SegmentTuple& tuple, std::initializer_list<Source> allowed
 // Throws std::out_of_range for what would be read outside of a table.
 void check(const Encoding& call) {
   const Embeddings& table = call.encoder->embeddings;
+  const int64_t places = call.encoder->places;
   require(!call.ids || table.words, "encoder: no embeddings");
   const auto inside = [](const char* what, int64_t value, int64_t count) {
     if (value < 0 || value >= count)
@@ -95,31 +96,38 @@ void check(const Encoding& call) {
   for (int64_t text = 0; text < call.texts; ++text) {
     const int64_t length = call.starts[text + 1] - call.starts[text];
     require(length >= 0, "encoder: starts fall");
-    if (call.ids && !call.places && length) inside("position", length - 1, table.places);
-    if (call.bias) inside("position", length - 1, call.bias_length);
+    if (!call.places && length) inside("position", length - 1, places);
+    if (call.bias && length) inside("position", length - 1, call.bias_length);
   }
-  if (!call.ids) return;
-  for (int64_t row = 0; row < call.starts[call.texts]; ++row) {
+  const int64_t tokens = call.starts[call.texts];
+  for (int64_t row = 0; row < tokens && call.places; ++row)
+    inside("position", call.places[row], places);
+  for (int64_t row = 0; row < tokens && call.ids; ++row) {
     inside("token", call.ids[row], table.vocabulary);
-    if (call.places) inside("position", call.places[row], table.places);
     if (call.kinds && table.segments) inside("segment", call.kinds[row], table.kinds);
   }
 }
 
 class PyEncoder {
  public:
-  PyEncoder(int64_t hidden, int64_t heads, int64_t head_size, const std::string& precision) {
+  PyEncoder(int64_t hidden, int64_t heads, int64_t head_size, const std::string& precision,
+            bool pre_norm) {
     require(hidden > 0 && heads > 0 && heads * head_size == hidden, "encoder: heads");
+    require(head_size <= kMaxHeadSize, "encoder: heads too wide");
     encoder_.precision = precision_of(precision);
     require(multiplies(encoder_.precision), "encoder: this processor does not multiply that");
     encoder_.hidden = hidden;
     encoder_.heads = heads;
+    encoder_.pre_norm = pre_norm;
     encoder_.head_size = head_size;
   }
 
-  // A layer after those that are there; returns its number.
+  // A layer after those that are there; returns its number. cosines, sines: [places, head / 2], not
+  // copied; 0: no rotation.
   size_t add_layer(const std::vector<LinearTuple>& qkv, const LinearTuple& output, float scale,
-                   const NormTuple& attention_norm, const std::vector<UnitTuple>& units) {
+                   const std::optional<NormTuple>& attention_norm,
+                   const std::vector<UnitTuple>& units, uintptr_t cosines, uintptr_t sines,
+                   int64_t places, int64_t window) {
     const int64_t hidden = encoder_.hidden;
     const Precision precision = encoder_.precision;
     require(qkv.size() == 3, "encoder: query, key and value");
@@ -127,9 +135,17 @@ class PyEncoder {
     layer->qkv = linear(qkv, hidden, precision);
     layer->output = linear({output}, hidden, precision);
     layer->scale = scale;
-    layer->norm = norm(attention_norm, hidden);
+    require(attention_norm || encoder_.pre_norm, "encoder: a layer without a norm");
+    if (attention_norm) layer->norm = norm(*attention_norm, hidden);
+    require(!cosines == !sines && (!cosines || encoder_.head_size % 2 == 0), "encoder: rotation");
+    layer->cosines = floats(cosines);
+    layer->sines = floats(sines);
+    layer->window = window;
+    if (cosines) encoder_.places = std::min(encoder_.places, places);
     for (const auto& [first, second, width, prologue, middle, epilogue, unit_norm] : units) {
       require(first.size() == 1 || first.size() == 2, "encoder: up, or up and gate");
+      for (const auto& part : first)
+        require(std::get<2>(part) == width, "encoder: the first product's width");
       require(std::get<2>(second) == hidden, "encoder: the second product's width");
       Unit unit;
       unit.first = linear(first, hidden, precision);
@@ -139,6 +155,10 @@ class PyEncoder {
       unit.middle = first.size() == 2
                         ? segment(middle, {Source::kFirst, Source::kGate, Source::kInput})
                         : segment(middle, {Source::kFirst, Source::kInput});
+      const auto& reads = unit.middle.sources;
+      require(
+          width <= hidden || std::find(reads.begin(), reads.end(), Source::kInput) == reads.end(),
+          "encoder: the input is narrower than what it meets");
       unit.epilogue = segment(epilogue, {Source::kSecond, Source::kInput});
       unit.norm = norm(unit_norm, hidden);
       layer->units.push_back(std::move(unit));
@@ -147,6 +167,8 @@ class PyEncoder {
     encoder_.order.push_back(static_cast<int>(encoder_.layers.size()) - 1);
     return encoder_.layers.size() - 1;
   }
+
+  void set_last_norm(const NormTuple& last) { encoder_.last = norm(last, encoder_.hidden); }
 
   void repeat_layer(size_t index) {
     require(index < encoder_.layers.size(), "encoder: no such layer");
@@ -159,7 +181,7 @@ class PyEncoder {
                       uintptr_t segments, int64_t kinds, const NormTuple& sum_norm,
                       const std::optional<LinearTuple>& after) {
     Embeddings& to = encoder_.embeddings;
-    require(words && positions && vocabulary > 0 && width > 0, "encoder: no embeddings");
+    require(words && vocabulary > 0 && width > 0, "encoder: no embeddings");
     require(before || !trigram, "encoder: trigrams are projected");
     const int64_t input = trigram ? 3 * width : width, sum = before ? std::get<2>(*before) : width;
     require(after ? std::get<2>(*after) == encoder_.hidden : sum == encoder_.hidden,
@@ -171,7 +193,7 @@ class PyEncoder {
     if (before) to.before = linear({*before}, input, table_precision());
     if (after) to.after = linear({*after}, sum, table_precision());
     to.positions = floats(positions);
-    to.places = places;
+    if (positions) encoder_.places = std::min(encoder_.places, places);
     to.segments = floats(segments);
     to.kinds = kinds;
     to.norm = norm(sum_norm, sum);
@@ -193,6 +215,7 @@ class PyEncoder {
                         floats(bias),
                         bias_length,
                         threads};
+    require(multiplies(encoder_.precision), "encoder: made for another instruction set");
     py::gil_scoped_release release;
     check(call);
     run_encoder(call);
@@ -211,8 +234,9 @@ class PyEncoder {
 
 void bind_encoder(py::module_& m) {
   py::class_<PyEncoder>(m, "Encoder")
-      .def(py::init<int64_t, int64_t, int64_t, std::string>())
+      .def(py::init<int64_t, int64_t, int64_t, std::string, bool>())
       .def("add_layer", &PyEncoder::add_layer)
+      .def("set_last_norm", &PyEncoder::set_last_norm)
       .def("repeat_layer", &PyEncoder::repeat_layer)
       .def("set_embeddings", &PyEncoder::set_embeddings)
       .def("run", &PyEncoder::run);

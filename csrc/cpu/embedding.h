@@ -27,6 +27,22 @@ inline void layer_norm(const float* s, int64_t n, const Norm& norm, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = (s[i] - mean) * rstd * weight[i] + bias[i];
 }
 
+// The position of a token of the text that begins at row `begin`.
+inline int64_t place(const Encoding& call, int64_t row, int64_t begin) {
+  return call.places ? call.places[row] : row - begin;
+}
+
+// Runs body(row, first row of its text, end of its text) for tokens [first, last).
+template <class Body>
+void over_tokens(const Encoding& call, int64_t first, int64_t last, Body body) {
+  const int64_t* starts = call.starts;
+  int64_t text = std::upper_bound(starts, starts + call.texts + 1, first) - starts - 1;
+  for (int64_t row = first; row < last; ++row) {
+    while (starts[text + 1] <= row) ++text;
+    body(row, starts[text], starts[text + 1]);
+  }
+}
+
 // One thread's buffers for blocks of up to `rows` tokens.
 class Embedder {
  public:
@@ -46,15 +62,15 @@ class Embedder {
     const int64_t rows = last - first, n = table_.sum_width(), hidden = call_.encoder->hidden;
     if (table_.before.panels) {
       const int64_t k = table_.before.k;
-      each(first, last, [&](int64_t row, int64_t begin, int64_t end) {
+      over_tokens(call_, first, last, [&](int64_t row, int64_t begin, int64_t end) {
         gather(words_.get() + (row - first) * k, row, begin, end);
       });
       product_(words_.get(), k, table_.before, sums_.get(), columns(), rows);
     }
-    each(first, last, [&](int64_t row, int64_t begin, int64_t) {
+    over_tokens(call_, first, last, [&](int64_t row, int64_t begin, int64_t) {
       float* s = sums_.get() + (row - first) * columns();
       if (!table_.before.panels) std::memcpy(s, word(row), n * sizeof(float));
-      add_to(s, table_.positions + place(row, begin) * n, n);
+      if (table_.positions) add_to(s, table_.positions + place(call_, row, begin) * n, n);
       if (table_.segments) add_to(s, table_.segments + (call_.kinds ? call_.kinds[row] : 0) * n, n);
       layer_norm(s, n, table_.norm, table_.after.panels ? s : call_.hidden + row * hidden);
     });
@@ -71,27 +87,12 @@ class Embedder {
 
   const float* word(int64_t row) const { return table_.words + call_.ids[row] * table_.width; }
 
-  int64_t place(int64_t row, int64_t begin) const {
-    return call_.places ? call_.places[row] : row - begin;
-  }
-
-  // body(row, first row of its text, end of its text)
-  template <class Body>
-  void each(int64_t first, int64_t last, Body body) {
-    const int64_t* starts = call_.starts;
-    int64_t text = std::upper_bound(starts, starts + call_.texts + 1, first) - starts - 1;
-    for (int64_t row = first; row < last; ++row) {
-      while (starts[text + 1] <= row) ++text;
-      body(row, starts[text], starts[text + 1]);
-    }
-  }
-
   // A token's word vector, or those of the token before, of it and of the one after.
   void gather(float* to, int64_t row, int64_t begin, int64_t end) const {
     const int64_t width = table_.width, reach = table_.trigram ? 1 : 0;
     for (int64_t at = row - reach; at <= row + reach; ++at, to += width) {
       // A neighbour is next to it, with no padding between.
-      if (at < begin || at >= end || place(at, begin) - place(row, begin) != at - row)
+      if (at < begin || at >= end || place(call_, at, begin) - place(call_, row, begin) != at - row)
         std::fill_n(to, width, 0.0f);
       else
         std::memcpy(to, word(at), width * sizeof(float));

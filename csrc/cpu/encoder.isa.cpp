@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -36,9 +37,10 @@ using fastffn::Source;
 using fastffn::Unit;
 using fastffn::whole_panels;
 
-constexpr int64_t kBlockRows = 96;  // eight tiles of twelve
-constexpr int64_t kFewRows = 32;    // below, weights are read too often for the work
-constexpr double kEvenly = 1.15;    // of texts dealt out: the longest share over the mean
+constexpr int64_t kBlockRows = 96;      // eight tiles of twelve
+constexpr int64_t kFewRows = 32;        // below, weights are read too often for the work
+constexpr int64_t kWindowQueries = 96;  // that share their keys, where each sees a window
+constexpr double kEvenly = 1.15;        // of texts dealt out: the longest share over the mean
 
 // Texts that one thread takes through the layers together.
 struct Group {
@@ -61,6 +63,7 @@ class Worker {
         first_(allocate<float>(kBlockRows * widest_ + kLanes)),
         second_(allocate<float>(kBlockRows * columns_ + kLanes)),
         prologue_(allocate<float>(kBlockRows * columns_ + kLanes)),
+        normal_(allocate<float>(encoder_.pre_norm ? kBlockRows * columns_ + kLanes : 0)),
         row_(allocate<float>(columns_ + kLanes)),
         product_(kBlockRows, std::max(columns_, widest_), encoder_.precision),
         embedder_(call, kBlockRows) {
@@ -90,9 +93,10 @@ class Worker {
   void project(const Layer& layer, float* qkv, int64_t first, int64_t last) {
     for (int64_t at = first; at < last; at += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, last - at);
-      product_(call_.hidden + at * hidden_, hidden_, layer.qkv, qkv + at * 3 * columns_,
-               3 * columns_, rows);
+      const Rows x = before(layer.norm, call_.hidden + at * hidden_, rows);
+      product_(x.data, x.row, layer.qkv, qkv + at * 3 * columns_, 3 * columns_, rows);
     }
+    if (layer.cosines) rotate(layer, qkv, first, last);
   }
 
   // Rows [first, last) to the end of the layer; `qkv` holds all rows of their texts.
@@ -103,48 +107,114 @@ class Worker {
       float* h = call_.hidden + at * hidden_;
       product_(context_.get() + (at - first) * columns_, columns_, layer.output, second_.get(),
                columns_, rows);
-      normalise(nullptr, layer.norm, h, rows);
+      add(nullptr, layer.norm, h, rows);
       for (const Unit& unit : layer.units) feed_forward(unit, h, rows);
     }
   }
 
+  // What comes behind the last layer.
+  void close(int64_t first, int64_t last) {
+    if (encoder_.last.weight.empty()) return;
+    for (int64_t at = first; at < last; ++at) {
+      float* h = call_.hidden + at * hidden_;
+      layer_norm(h, hidden_, encoder_.last, h);
+    }
+  }
+
  private:
-  void mix(const Layer& layer, const float* qkv, int64_t first, int64_t last) {
+  struct Rows {
+    const float* data;
+    int64_t row;
+  };
+
+  // What a part of the layer takes: the hidden states, normalised first if norms stand before.
+  Rows before(const Norm& norm, const float* h, int64_t rows) {
+    if (!encoder_.pre_norm || norm.weight.empty()) return {h, hidden_};
+    for (int64_t r = 0; r < rows; ++r)
+      layer_norm(h + r * hidden_, hidden_, norm, normal_.get() + r * columns_);
+    return {normal_.get(), columns_};
+  }
+
+  // (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head of query and key.
+  void rotate(const Layer& layer, float* qkv, int64_t first, int64_t last) {
+    const int64_t size = encoder_.head_size, half = size / 2;
+    over_tokens(call_, first, last, [&](int64_t row, int64_t begin, int64_t) {
+      const int64_t at = place(call_, row, begin) * half;
+      const float *cosine = layer.cosines + at, *sine = layer.sines + at;
+      for (int part = 0; part < 2; ++part)
+        for (int64_t head = 0; head < encoder_.heads; ++head) {
+          float* a = qkv + row * 3 * columns_ + part * columns_ + head * size;
+          float* b = a + half;
+#pragma omp simd
+          for (int64_t i = 0; i < half; ++i) {
+            const float x = a[i], y = b[i];
+            a[i] = x * cosine[i] - y * sine[i];
+            b[i] = y * cosine[i] + x * sine[i];
+          }
+        }
+    });
+  }
+
+  // Attention of queries [from, to) of the text [begin, end) to all that they see.
+  void mix_text(const Layer& layer, const float* qkv, int64_t begin, int64_t end, int64_t from,
+                int64_t to, float* context) {
     const int64_t row = 3 * columns_, size = encoder_.head_size;
-    const int64_t* starts = call_.starts;
-    int64_t text = std::upper_bound(starts, starts + call_.texts + 1, first) - starts - 1;
-    for (; text < call_.texts && starts[text] < last; ++text) {
-      const int64_t begin = starts[text], keys = starts[text + 1] - begin;
-      const int64_t from = std::max(first, begin), to = std::min(last, begin + keys);
-      if (from >= to) continue;
+    const bool windowed = layer.window && end - begin > layer.window + 1;
+    const int64_t step = windowed ? kWindowQueries : to - from;
+    for (int64_t q = from; q < to; q += step) {
+      const int64_t queries = std::min(step, to - q);
+      const int64_t low = windowed ? std::max(begin, q - layer.window) : begin;
+      const int64_t high = windowed ? std::min(end, q + queries + layer.window) : end;
+      if (windowed) see(layer.window, q, queries, low, high);
       for (int64_t head = 0; head < encoder_.heads; ++head) {
-        const float* q = qkv + from * row + head * size;
-        const float* k = qkv + begin * row + columns_ + head * size;
-        const float* bias = nullptr;
-        if (call_.bias)
-          bias = call_.bias + (head * call_.bias_length + from - begin) * call_.bias_length;
-        attend(q, row, k, row, k + columns_, row, bias, call_.bias_length,
-               context_.get() + (from - first) * columns_ + head * size, columns_, to - from, keys,
-               size, layer.scale, attention_.get());
+        const float* keys = qkv + low * row + columns_ + head * size;
+        const float* bias = windowed ? window_.data() : nullptr;
+        int64_t bias_row = high - low;
+        if (call_.bias) {
+          bias = call_.bias + (head * call_.bias_length + q - begin) * call_.bias_length;
+          bias_row = call_.bias_length;
+        }
+        attend(qkv + q * row + head * size, row, keys, row, keys + columns_, row, bias, bias_row,
+               context + (q - from) * columns_ + head * size, columns_, queries, high - low, size,
+               layer.scale, attention_.get());
       }
     }
   }
 
-  void feed_forward(const Unit& unit, float* h, int64_t rows) {
-    const float* x = h;
-    int64_t x_row = hidden_;
-    if (unit.prologue.program) {
-      run(unit.prologue, hidden_, h, rows, prologue_.get(), columns_);
-      x = prologue_.get();
-      x_row = columns_;
+  // The scores' bias: none within the window, and nothing is seen beyond.
+  void see(int64_t window, int64_t first, int64_t queries, int64_t low, int64_t high) {
+    window_.assign(queries * (high - low), -std::numeric_limits<float>::infinity());
+    for (int64_t q = first; q < first + queries; ++q) {
+      float* row = window_.data() + (q - first) * (high - low);
+      const int64_t from = std::max(low, q - window), to = std::min(high, q + window + 1);
+      std::fill(row + (from - low), row + (to - low), 0.0f);
     }
-    product_(x, x_row, unit.first, first_.get(), widest_, rows);
-    if (unit.middle.program) run(unit.middle, unit.width, h, rows, first_.get(), widest_, &unit);
-    product_(first_.get(), widest_, unit.second, second_.get(), columns_, rows);
-    normalise(&unit.epilogue, unit.norm, h, rows);
   }
 
-  Matrix source(Source which, const float* h, const Unit* unit) const {
+  void mix(const Layer& layer, const float* qkv, int64_t first, int64_t last) {
+    const int64_t* starts = call_.starts;
+    int64_t text = std::upper_bound(starts, starts + call_.texts + 1, first) - starts - 1;
+    for (; text < call_.texts && starts[text] < last; ++text) {
+      const int64_t from = std::max(first, starts[text]), to = std::min(last, starts[text + 1]);
+      if (from < to)
+        mix_text(layer, qkv, starts[text], starts[text + 1], from, to,
+                 context_.get() + (from - first) * columns_);
+    }
+  }
+
+  void feed_forward(const Unit& unit, float* h, int64_t rows) {
+    Rows x = input_ = before(unit.norm, h, rows);
+    if (unit.prologue.program) {
+      run(unit.prologue, hidden_, rows, prologue_.get(), columns_);
+      x = {prologue_.get(), columns_};
+    }
+    product_(x.data, x.row, unit.first, first_.get(), widest_, rows);
+    if (unit.middle.program) run(unit.middle, unit.width, rows, first_.get(), widest_, &unit);
+    product_(first_.get(), widest_, unit.second, second_.get(), columns_, rows);
+    add(&unit.epilogue, unit.norm, h, rows);
+  }
+
+  Matrix source(Source which, const Unit* unit) const {
     const auto dense = [](const float* data, int64_t row) {
       return Matrix{reinterpret_cast<char*>(const_cast<float*>(data)), DType::kFloat32, row, 1};
     };
@@ -158,16 +228,16 @@ class Worker {
       case Source::kInput:
         break;
     }
-    return dense(h, hidden_);
+    return dense(input_.data, input_.row);
   }
 
   // Runs the Program over `columns` columns of each row; `out` may be a source, as it is read
   // first.
-  void run(const Segment& segment, int64_t columns, const float* h, int64_t rows, float* out,
-           int64_t out_row, const Unit* unit = nullptr) {
+  void run(const Segment& segment, int64_t columns, int64_t rows, float* out, int64_t out_row,
+           const Unit* unit = nullptr) {
     Matrix inputs[fastffn::kMaxOperands];
     for (size_t k = 0; k < segment.sources.size(); ++k)
-      inputs[k] = source(segment.sources[k], h, unit);
+      inputs[k] = source(segment.sources[k], unit);
     RowProgram<float> program(segment.program->code(), inputs, rows, columns, registers_.get());
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t column = 0; column < columns; column += program.length) {
@@ -177,13 +247,17 @@ class Worker {
       }
   }
 
-  // h = LayerNorm(h + epilogue(second, h)), row by row.
-  void normalise(const Segment* epilogue, const Norm& norm, float* h, int64_t rows) {
+  // h = LayerNorm(h + epilogue(second, x)), row by row; without the norm if it stood before.
+  void add(const Segment* epilogue, const Norm& norm, float* h, int64_t rows) {
     const float* value = second_.get();
-    if (epilogue && epilogue->program) run(*epilogue, hidden_, h, rows, second_.get(), columns_);
+    if (epilogue && epilogue->program) run(*epilogue, hidden_, rows, second_.get(), columns_);
     const int64_t n = hidden_;
     float* s = row_.get();
     for (int64_t r = 0; r < rows; ++r, value += columns_, h += n) {
+      if (encoder_.pre_norm) {
+        add_to(h, value, n);
+        continue;
+      }
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) s[i] = h[i] + value[i];
       layer_norm(s, n, norm, h);
@@ -199,7 +273,9 @@ class Worker {
   const Memory<float> own_qkv;
 
  private:
-  const Memory<float> context_, first_, second_, prologue_, row_;
+  const Memory<float> context_, first_, second_, prologue_, normal_, row_;
+  Rows input_{};               // of the unit at work
+  std::vector<float> window_;  // the bias of a window
   Memory<float> attention_, registers_;
   Product product_;
   Embedder embedder_;
@@ -250,6 +326,7 @@ void by_texts(const Encoding& call, const std::vector<Group>& groups, int thread
         worker.project(layer, qkv, first, last);
         worker.finish(layer, qkv, first, last);
       }
+      worker.close(first, last);
     }
   }
 }
@@ -277,6 +354,7 @@ void by_rows(const Encoding& call, int shares, int64_t tokens) {
       for (int s = me; s < shares; s += count)
         workers[s]->finish(layer, qkv, begin(s), begin(s + 1));
     }
+    for (int s = me; s < shares; s += count) workers[s]->close(begin(s), begin(s + 1));
   }
 }
 

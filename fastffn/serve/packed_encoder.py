@@ -10,12 +10,14 @@ Why not nested tensors: torch has few operators for them on a CPU, and each woul
 pass over memory.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..errors import UserError
-from .packing import Packed
+from .packing import Packed, projection_of
 
 
 class PackedEncoder(nn.Module):
@@ -37,7 +39,9 @@ class PackedEncoder(nn.Module):
         self.packed = Packed(base, precision)
         self.config = base.config
         self.embeddings = base.embeddings
+        self.projection = projection_of(base)
         self.pooler = getattr(base, "pooler", None)
+        self.pooler_activation = getattr(base, "pooler_activation", None)  # ALBERT's
         self._pool = getattr(type(base), "pool", None)  # fastffn's models': it reads the config
         self.position_bias = _PositionBias(base.encoder) if self.packed.relative else None
         self.eval()
@@ -52,12 +56,19 @@ class PackedEncoder(nn.Module):
         return torch.device("cpu")
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
+        words = getattr(self.embeddings, "word_embeddings", None)
+        return self.embeddings.tok_embeddings if words is None else words
 
     def train(self, mode: bool = True) -> "PackedEncoder":
         if mode:
             raise UserError("this model is optimised for inference; train the one it was made from")
         return super().train(False)
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        raise UserError(
+            "an optimised model cannot be saved, its weights are packed; "
+            "save the model it was made from"
+        )
 
     @torch.no_grad()
     def forward(
@@ -86,31 +97,43 @@ class PackedEncoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("input_ids: give either input_ids or inputs_embeds")
         shape = tuple((inputs_embeds if input_ids is None else input_ids).shape[:2])
+        self._check_length(shape[1])
+        for name, x in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+            if x is not None and tuple(x.shape) not in (shape, (1, shape[1])):
+                raise UserError(f"{name}: {list(x.shape)}, expected {list(shape)}")
         rows = _Rows(shape, attention_mask)
-        hidden = self._run(rows, input_ids, token_type_ids, position_ids, inputs_embeds)
+        hidden = self._run(
+            rows, attention_mask, input_ids, token_type_ids, position_ids, inputs_embeds
+        )
         hidden = rows.padded(hidden)
         pooled = None
-        if self.pooler is not None:
+        if self.pooler is not None and self.pooler_activation is not None:
+            pooled = self.pooler_activation(self.pooler(hidden[:, 0]))
+        elif self.pooler is not None:
             pooled = self.pooler(hidden)
         elif self._pool is not None:
             pooled = self._pool(self, hidden, attention_mask)
         output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
         return output.to_tuple() if return_dict is False else output
 
-    def _run(self, rows: "_Rows", ids, kinds, positions, words) -> Tensor:
-        self._check_length(rows.shape[1])
+    def _run(self, rows: "_Rows", mask, ids, kinds, positions, words) -> Tensor:
         known = self.packed.embeddings
         bias = None
         if self.position_bias is not None:
-            if rows.holed:
+            if rows.gapped:
                 raise UserError("attention_mask: has holes, which relative positions cannot skip")
             bias = self.position_bias(rows.shape[1])
-        if known is None or ids is None:
-            given = {"position_ids": positions, "token_type_ids": kinds, "inputs_embeds": words}
-            given = {name: value for name, value in given.items() if value is not None}
-            hidden = self.embeddings(input_ids=ids, **given)
-            hidden = rows.of(hidden.float()).clone()
-            self.packed.run(hidden, rows.starts, bias=bias)
+        if self.packed.windowed and rows.gapped:
+            raise UserError("attention_mask: has holes, which a window cannot skip")
+        # Neighbours are told by csrc from positions that count columns.
+        if known is None or ids is None or (known.trigram and positions is not None):
+            hidden = rows.of(self._embedded(mask, ids, kinds, positions, words)).clone()
+            places = None
+            if (
+                self.packed.windowed and positions is not None
+            ):  # rotations are not in the embeddings
+                places = rows.of(positions.long().expand(rows.shape)).contiguous()
+            self.packed.run(hidden, rows.starts, places=places, bias=bias)
             return hidden
         if positions is None and known.by_words is not None:
             real = ids.ne(known.by_words)
@@ -119,12 +142,26 @@ class PackedEncoder(nn.Module):
             positions = torch.arange(rows.shape[1])
         places = None
         if positions is not None:
-            places = rows.of(positions.expand(rows.shape)).contiguous()
-        kinds = rows.of(kinds.expand(rows.shape)).contiguous() if kinds is not None else None
+            places = rows.of(positions.long().expand(rows.shape)).contiguous()
+        if kinds is not None:
+            kinds = rows.of(kinds.long().expand(rows.shape)).contiguous()
         ids = rows.of(ids.long()).contiguous()
         hidden = torch.empty(len(ids), self.packed.hidden)
         self.packed.run(hidden, rows.starts, ids, places, kinds, bias)
         return hidden
+
+    def _embedded(self, mask, ids, kinds, positions, words) -> Tensor:
+        """What the layers begin with, [B, T, H], by the model's own modules."""
+        given = {"inputs_embeds": words}
+        if not self.packed.windowed:
+            given["position_ids"] = positions
+        if getattr(self.embeddings, "token_type_embeddings", None) is not None:
+            given["token_type_ids"] = kinds
+        if getattr(self.embeddings, "trigram", False):
+            given["attention_mask"] = mask
+        given = {name: value for name, value in given.items() if value is not None}
+        hidden = self.embeddings(input_ids=ids, **given)
+        return (hidden if self.projection is None else self.projection(hidden)).float()
 
     def _check_length(self, length: int) -> None:
         known = self.packed.embeddings
@@ -150,10 +187,11 @@ class _Rows:
     Attributes:
         starts: int64 [B + 1], where each text's tokens begin.
         holed: a text's tokens are not its first ones.
+        gapped: a text's tokens are not next to each other.
     """
 
     def __init__(self, shape: tuple[int, int], mask: Tensor | None):
-        self.shape, self.holed = shape, False
+        self.shape, self.holed, self.gapped = shape, False, False
         batch, length = shape
         self.index: Tensor | None = None
         if mask is not None:
@@ -165,7 +203,9 @@ class _Rows:
             if not mask.all():
                 self.index = mask.flatten().nonzero().flatten()
                 self.starts = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-                self.holed = bool((mask[:, 1:] > mask[:, :-1]).any())
+                beginnings = mask[:, 1:] > mask[:, :-1]
+                self.holed = bool(beginnings.any())
+                self.gapped = bool((beginnings.sum(1) + mask[:, 0] > 1).any())
                 return
         self.starts = torch.arange(0, (batch + 1) * length, length)
 
@@ -179,7 +219,7 @@ class _Rows:
         if self.index is not None:
             batch, length = self.shape
             x = x.new_zeros(batch * length, x.shape[1]).index_copy_(0, self.index, x)
-        return x.view(*self.shape, -1)
+        return x.view(*self.shape, x.shape[1])
 
 
 class _PositionBias:
@@ -189,7 +229,9 @@ class _PositionBias:
     """
 
     def __init__(self, encoder: nn.Module):
-        self.encoder = encoder
+        # Without the layers, whose weights should be let go.
+        self.encoder = copy.copy(encoder)
+        self.encoder._modules = {"relative_attention_bias": encoder.relative_attention_bias}
         self.bias: Tensor | None = None
 
     def __call__(self, length: int) -> Tensor:

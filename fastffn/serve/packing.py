@@ -1,9 +1,10 @@
 """A model's layers as csrc's `Encoder`: weights packed once for many products, one call a batch.
 
-What goes in: post-norm layers of any width with plain attention, with or without biases, gated or
-not, with any gene; weights that layers share (ALBERT) are packed once. What does not, and is
-refused with the reason, runs by torch (`optimize`): norms before the products, rotary or
-disentangled positions, windows, activations without a primitive of ours.
+What goes in: layers of any width with their norms before or behind, with or without biases, gated
+or not, with any gene; positions as embeddings, as a bias (MPNet) or as rotations, with windows
+(ModernBERT); weights that layers share (ALBERT) are packed once. What does not, and is refused with
+the reason, runs by torch (`optimize`): disentangled positions, pixels, activations without a
+primitive of ours, modules that are not torch's plain ones.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ..expr.genes import Z1, Z2, ZG, X
 from ..layers import FFN
 from ..layers.ffn import is_plain
 from ..models.architectures import ALL, Encoder
+from ..models.pieces import find
 from ..ops import backend
 from ..ops.ffn_plan import Segment, plan
 
@@ -33,8 +35,7 @@ class NotPackable(UserError):
 class _Block:
     """One unit of a feed-forward part."""
 
-    up: nn.Linear
-    gate: nn.Linear | None
+    first: Sequence[nn.Linear]  # up, and gate if there is one; or one module with both
     down: nn.Linear
     norm: nn.LayerNorm
     text: str
@@ -45,7 +46,7 @@ class Embeddings:
     """The tables that a token's vector is the sum of, and what is done with the sum.
 
     Attributes:
-        words, positions, segments: [rows, width]; segments None: there are none.
+        words, positions, segments: [rows, width]; None: there are none.
         before: the projection of words; with `trigram` of a word and its neighbours.
         norm: of the sum.
         after: the projection of the normalised sum.
@@ -54,7 +55,7 @@ class Embeddings:
     """
 
     words: Tensor
-    positions: Tensor
+    positions: Tensor | None
     segments: Tensor | None
     norm: nn.LayerNorm
     before: nn.Linear | None = None
@@ -74,6 +75,7 @@ class Packed:
         encoder: csrc's.
         embeddings: the tables, or None where only hidden states can be given.
         hidden: H.
+        windowed: some layers see a window around each token.
         relative: its scores have a bias of relative positions, to be given to `run` (MPNet).
 
     Raises:
@@ -87,46 +89,82 @@ class Packed:
         if not module.multiplies(precision):
             raise NotPackable(f"{module.isa()} on this processor does not multiply {precision}")
         layers = Encoder(base, ALL)
+        if not hasattr(base.config, "vocab_size"):
+            raise NotPackable("it reads no tokens")
         block = layers.attention_block(0)
         self._keep: list[Tensor] = []
         self.relative = base.config.model_type == "mpnet"
         self.hidden = block.output.out_features
         if block.heads * block.head_size != self.hidden:
             raise NotPackable("the heads together are of another width than the hidden states")
-        self.encoder = module.Encoder(self.hidden, block.heads, block.head_size, precision)
+        if block.head_size > module.MAX_HEAD_SIZE:
+            raise NotPackable(f"its heads are wider than {module.MAX_HEAD_SIZE}")
+        shape = self.hidden, block.heads, block.head_size
+        self.encoder = module.Encoder(*shape, precision, block.pre_norm)
+        self._rotations = _Rotations(base) if layers.architecture.rotary else None
+        self.windowed = self._rotations is not None
         for layer in range(len(layers.layers)):
             self._add_layer(layers, layer)
         for layer in _repeated(base, len(layers.layers)):
             self.encoder.repeat_layer(layer)
+        if block.pre_norm:
+            self.encoder.set_last_norm(self._norm(_last_norm(base)))
         self._keep.clear()  # weights are packed
         self.embeddings = embeddings_of(base)
         if self.embeddings is not None:
             self._set_embeddings(self.embeddings)
 
+    def __deepcopy__(self, memo: dict) -> "Packed":
+        return self  # nothing of it changes
+
+    def __reduce__(self):
+        raise UserError(
+            "an optimised model cannot be pickled, its weights are packed; "
+            "send the model it was made from and optimise that"
+        )
+
     def _add_layer(self, layers: Encoder, layer: int) -> None:
         block = layers.attention_block(layer)
-        if block.pre_norm:
-            raise NotPackable("its norms stand before the products")
-        if block.bias is not None and not self.relative:
+        if block.bias is not None and not (self.relative or self._rotations):
             raise NotPackable(block.bias)
-        if block.packed is not None:
-            raise NotPackable("its query, key and value are one product")
-        units = [self._unit(unit) for unit in _units(layers, layer)]
-        projections = [self._linear(x) for x in (block.query, block.key, block.value)]
-        norm = self._norm(block.norm)
-        self.encoder.add_layer(projections, self._linear(block.output), block.scale, norm, units)
+        cosines = sines = places = window = 0
+        if self._rotations is not None:
+            *tables, window = self._rotations(layer)
+            cosines, sines = (x.data_ptr() for x in tables)
+            places = len(tables[0])
+        one = (block.query, block.key, block.value) if block.packed is None else (block.packed,)
+        self.encoder.add_layer(
+            self._linears(one, 3),
+            *self._linears((block.output,), 1),
+            block.scale,
+            None if block.norm is None else self._norm(block.norm),
+            [self._unit(unit) for unit in _units(layers, layer)],
+            cosines,
+            sines,
+            places,
+            window,
+        )
 
     def _unit(self, block: _Block):
         parts = plan(block.text)
-        first = [self._linear(x) for x in (block.up, block.gate) if x is not None]
+        first = self._linears(block.first, 2 if parts.gated else 1)
         segments = (_segment(x) for x in (parts.prologue, parts.middle, parts.epilogue))
         width = block.down.in_features
-        return first, self._linear(block.down), width, *segments, self._norm(block.norm)
+        return first, *self._linears((block.down,), 1), width, *segments, self._norm(block.norm)
 
-    def _linear(self, layer: nn.Linear) -> tuple[int, int, int]:
-        if not is_plain(layer, nn.Linear):
-            raise NotPackable(f"a {type(layer).__name__} stands where a plain nn.Linear was")
-        return self._address(layer.weight), self._address(layer.bias), layer.out_features
+    def _linears(self, modules: Sequence[nn.Linear], count: int) -> list[tuple[int, int, int]]:
+        """So many products of modules that hold one each, or of one module that holds all."""
+        found = []
+        for module in modules:
+            if not is_plain(module, nn.Linear):
+                raise NotPackable(f"a {type(module).__name__} stands where a plain nn.Linear was")
+            weights = module.weight.chunk(count // len(modules))
+            biases = (
+                [None] * len(weights) if module.bias is None else module.bias.chunk(len(weights))
+            )
+            for weight, bias in zip(weights, biases, strict=True):
+                found.append((self._address(weight), self._address(bias), len(weight)))
+        return found
 
     def _norm(self, norm: nn.LayerNorm | None) -> tuple[int, int, float]:
         if norm is None or not is_plain(norm, nn.LayerNorm):
@@ -142,18 +180,18 @@ class Packed:
         return self._keep[-1].data_ptr()
 
     def _set_embeddings(self, given: Embeddings) -> None:
-        words, segments = given.words, given.segments
+        words, positions, segments = given.words, given.positions, given.segments
         self.encoder.set_embeddings(
             self._address(words),
             *words.shape,
             given.trigram,
-            None if given.before is None else self._linear(given.before),
-            self._address(given.positions),
-            len(given.positions),
+            None if given.before is None else self._linears((given.before,), 1)[0],
+            self._address(positions),
+            0 if positions is None else len(positions),
             self._address(segments),
             0 if segments is None else len(segments),
             self._norm(given.norm),
-            None if given.after is None else self._linear(given.after),
+            None if given.after is None else self._linears((given.after,), 1)[0],
         )
 
     def run(
@@ -206,15 +244,54 @@ def _units(layers: Encoder, layer: int) -> Sequence[_Block]:
         if not isinstance(ffn, FFN):
             raise NotPackable(f"its {type(ffn).__name__} has no fixed gene; extract one first")
         text = ffn.plan.text
-        return [_Block(unit.up, unit.gate, unit.down, unit.norm, text) for unit in ffn.units]
+        return [
+            _Block([x for x in (unit.up, unit.gate) if x is not None], unit.down, unit.norm, text)
+            for unit in ffn.units
+        ]
     block = layers.feed_forward(layer)
-    if block.pre_norm:
-        raise NotPackable("its norms stand before the products")
     if not block.gene:
         raise NotPackable("its activation is none of fastffn's primitives")
-    if block.packed is not None:
-        raise NotPackable("its gate and its first product are one")
-    return [_Block(block.up, block.gate, block.down, block.norm, str(Gene.parse(block.gene).expr))]
+    first = [x for x in (block.up, block.gate, block.packed) if x is not None]
+    return [_Block(first, block.down, block.norm, str(Gene.parse(block.gene).expr))]
+
+
+class _Rotations:
+    """ModernBERT's: the cosines and sines of each kind of layer, and how far it sees.
+
+    They are kept here for as long as csrc reads them.
+    """
+
+    def __init__(self, base: nn.Module):
+        self._config, self._kinds = base.config, [x.attention_type for x in base.layers]
+        types = set(base.rotary_emb.rope_type.values())
+        if types - {"default"}:
+            raise NotPackable(f"its rotations are {', '.join(sorted(types))}")
+        places = torch.arange(base.config.max_position_embeddings)[None]
+        self._tables = {}
+        for kind in set(self._kinds):
+            both = base.rotary_emb(torch.empty(1), places, kind)
+            self._tables[kind] = [x[0, :, : x.shape[-1] // 2].contiguous() for x in both]
+
+    def __call__(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """cosines and sines [positions, head size / 2], and the window, 0 for none."""
+        kind = self._kinds[layer]
+        window = self._config.sliding_window if kind == "sliding_attention" else 0
+        return *self._tables[kind], window
+
+
+# Where the norm behind the last layer is, where norms stand before.
+_LAST_NORMS = {
+    "megatron-bert": "encoder.ln",
+    "modernbert": "final_norm",
+    "roberta-prelayernorm": "LayerNorm",
+    "xlm-roberta-xl": "encoder.LayerNorm",
+}
+
+
+def _last_norm(base: nn.Module) -> nn.Module:
+    if base.config.model_type not in _LAST_NORMS:
+        raise NotPackable(f"where a {base.config.model_type} ends is not known")
+    return find(base, _LAST_NORMS[base.config.model_type])
 
 
 def _repeated(base: nn.Module, layers: int) -> list[int]:
@@ -235,6 +312,10 @@ _BY_WORDS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 def embeddings_of(base: nn.Module) -> Embeddings | None:
     """The embeddings of a model whose sum is known here, else None."""
     kind, found = base.config.model_type, base.embeddings
+    if kind == "modernbert":
+        words = found.tok_embeddings
+        known = is_plain(words, nn.Embedding)
+        return Embeddings(words.weight, None, None, found.norm) if known else None
     if kind == "efficientbert":
         if not all(is_plain(x, nn.Embedding) for x in _tables(found)):
             return None
@@ -246,18 +327,22 @@ def embeddings_of(base: nn.Module) -> Embeddings | None:
     if not all(is_plain(x, nn.Embedding) for x in tables):
         return None
     words, positions, *segments = (x.weight for x in tables)
-    after = getattr(base, "embeddings_project", None)
-    if kind == "albert":
-        after = base.encoder.embedding_hidden_mapping_in
     by_words = found.padding_idx if kind in _BY_WORDS else None
     return Embeddings(
         words,
         positions,
         segments[0] if segments else None,
         found.LayerNorm,
-        after=after,
+        after=projection_of(base),
         by_words=by_words,
     )
+
+
+def projection_of(base: nn.Module) -> nn.Linear | None:
+    """The projection behind the embeddings that is not part of them."""
+    if base.config.model_type == "albert":
+        return base.encoder.embedding_hidden_mapping_in
+    return getattr(base, "embeddings_project", None)
 
 
 def _is_absolute(base: nn.Module) -> bool:
