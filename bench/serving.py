@@ -29,7 +29,7 @@ from fastffn.errors import UserError
 from fastffn.files import write_text_atomic
 from fastffn.quiet import quiet
 from fastffn.serve import comparison, comparison_tables, workloads
-from fastffn.serve.runtimes import OURS
+from fastffn.serve.runtimes import OURS, PRECISIONS
 
 PARTS = ("against-bert", "student", "real", "plain", "cuda")
 _SIZES = {"batches": (1, 8, 32), "lengths": (32, 128, 384), "length": 128, "gpu": 256}
@@ -106,10 +106,10 @@ def commit() -> str:
 # -- what was aimed at ---------------------------------------------------------------------------
 
 
-def reach(result: dict[str, Any], tiny: bool = False) -> str:
+def reach(result: dict[str, Any]) -> str:
     """A table: each figure that is aimed at, what is wanted and what was found, the worst of all
     workloads where there are several."""
-    found = [*_against_bert(result, tiny), *_between_runtimes(result), *_on_gpu(result, tiny)]
+    found = [*_against_bert(result), *_between_runtimes(result), *_on_gpu(result)]
     rows = [
         [what, f"{wanted}x", comparison_tables.times(ratio), at]
         for what, wanted, ratio, at in found
@@ -120,11 +120,17 @@ def reach(result: dict[str, Any], tiny: bool = False) -> str:
 _Figure = tuple[str, float, float | None, str]
 
 
-def _against_bert(result: dict[str, Any], tiny: bool) -> Iterator[_Figure]:
+def _pairs(result: dict[str, Any], part: str) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Each cell of a part of two models, with their names, the big one first."""
+    report = result["parts"].get(part, {})
+    for cell in report.get("cells", []):
+        yield cell, *(model["name"] for model in report["models"])
+
+
+def _against_bert(result: dict[str, Any]) -> Iterator[_Figure]:
     """The small model against the big one, batch by batch."""
-    (big, small), _ = plan("against-bert", {}, tiny)
     wanted = {1: 8.0}
-    for cell in result["parts"].get("against-bert", {}).get("cells", []):
+    for cell, big, small in _pairs(result, "against-bert"):
         name = cell["workload"]
         base = comparison_tables.find(cell, big, "eager", "fp32")
         ours = comparison_tables.find(cell, small, OURS, "fp32")
@@ -141,32 +147,37 @@ def _against_bert(result: dict[str, Any], tiny: bool) -> Iterator[_Figure]:
 
 
 def _between_runtimes(result: dict[str, Any]) -> Iterator[_Figure]:
-    """The worst workload of each part and precision."""
-    for part, goals in (
-        ("student", {"fp32": 1.0, "bf16": 1.0, "int8": 0.95}),
-        ("real", {"fp32": 1.5, "bf16": 1.5, "int8": 1.5}),
+    """The worst workload of each part and precision; of real texts those apart that have padding
+    to be left out."""
+    student = result["parts"].get("student", {}).get("cells", [])
+    real = result["parts"].get("real", {}).get("cells", [])
+    for what, cells, wanted in (
+        ("student", student, {"fp32": 1.0, "bf16": 1.0, "int8": 0.95}),
+        ("real, one by one", [cell for cell in real if not cell["padding"]], {}),
+        ("real", [cell for cell in real if cell["padding"]], dict.fromkeys(PRECISIONS, 1.5)),
     ):
-        cells = result["parts"].get(part, {}).get("cells", [])
-        for precision, wanted in goals.items():
-            ratios = []
-            for cell in cells:
-                model = cell["results"][0]["model"]
-                other = comparison_tables.find(cell, model, "onnxruntime", precision)
-                ours = comparison_tables.find(cell, model, OURS, precision)
-                found = comparison_tables.ratio_to_best(cell, model, precision)
-                if precision == "int8" and other and ours:  # held to plain onnxruntime
-                    found = (other / ours, "onnxruntime")
-                if found:
-                    ratios.append((*found, cell["workload"]))
-            if ratios:
-                ratio, name, where = min(ratios)
-                yield f"{part} {precision} against {name}", wanted, ratio, where
+        for precision in PRECISIONS:
+            found = [each for cell in cells if (each := _to_best(cell, precision))]
+            if found:
+                ratio, name, where = min(found)
+                yield f"{what} {precision} against {name}", wanted.get(precision, 1.0), ratio, where
 
 
-def _on_gpu(result: dict[str, Any], tiny: bool) -> Iterator[_Figure]:
+def _to_best(cell: dict[str, Any], precision: str) -> tuple[float, str, str] | None:
+    """fastffn's ratio to the best other runtime, in int8 to plain onnxruntime; that and where."""
+    model = cell["results"][0]["model"]
+    found = comparison_tables.ratio_to_best(cell, model, precision)
+    if precision == "int8":
+        names = ("onnxruntime", OURS)
+        times = (comparison_tables.find(cell, model, name, precision) for name in names)
+        ratio = comparison_tables.over(*times)
+        found = None if ratio is None else (ratio, "onnxruntime")
+    return None if found is None else (*found, cell["workload"])
+
+
+def _on_gpu(result: dict[str, Any]) -> Iterator[_Figure]:
     """The small model against the big one in eager torch, which runs sdpa, both in bf16."""
-    (big, small), _ = plan("cuda", {}, tiny)
-    for cell in result["parts"].get("cuda", {}).get("cells", []):
+    for cell, big, small in _pairs(result, "cuda"):
         base = comparison_tables.find(cell, big, "eager", "bf16")
         ours = comparison_tables.find(cell, small, OURS, "bf16")
         wanted = 6.0 if cell["batch_size"] == 1 else 5.0
@@ -174,10 +185,10 @@ def _on_gpu(result: dict[str, Any], tiny: bool) -> Iterator[_Figure]:
         yield f"GPU, bf16 against {big} eager", wanted, ratio, cell["workload"]
 
 
-def markdown(result: dict[str, Any], tiny: bool = False) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """All tables of a result."""
     parts = [f"# {part}\n\n{comparison_tables.markdown(r)}" for part, r in result["parts"].items()]
-    return "\n".join([*parts, "# Reach\n", reach(result, tiny)]) + "\n"
+    return "\n".join([*parts, "# Reach\n", reach(result)]) + "\n"
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -217,7 +228,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(result, given.tiny))
+    print(markdown(result))
     return 0
 
 

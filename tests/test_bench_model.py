@@ -359,6 +359,7 @@ def example():
     conditions = {"device": "a CPU", "versions": {"torch": "2"}, "date": "2026-11-21"}
     return {
         "conditions": conditions,
+        "models": [{"name": "big"}, {"name": "small"}],
         "cells": cells,
         "memory": [{**names, "workload": "32 x 128", "resident": 60, "peak": 90, "disk": 61}],
         "refused": [{**refused, "why": "has no bf16"}],
@@ -386,14 +387,21 @@ def test_pictures(tmp_path):
     assert all(path.stat().st_size > 5000 for path in drawn)
 
 
-def test_what_was_aimed_at(monkeypatch):
+def test_what_was_aimed_at():
     report = example()
-    monkeypatch.setattr(serving, "plan", lambda *_: (("big", "small"), []))
-    result = {"parts": {"against-bert": report, "student": report}}
+    padded = example()
+    padded["cells"][0]["padding"] = 0.25
+    student = example()
+    for cell in [*student["cells"], *padded["cells"]]:
+        cell["results"] = [each for each in cell["results"] if each["model"] == "small"]
+    result = {"parts": {"against-bert": report, "student": student, "real": padded}}
     lines = [" ".join(line.split()) for line in serving.reach(result).splitlines()]
     assert "| fp32 against big eager | 8.0x | 8.00x | 1 x 128 |" in lines
     assert "| fp32 against big eager | 6.5x | 8.00x | 32 x 128 |" in lines
     assert "| bare products, fp32 | 7.0x | 7.37x | 1 x 128 |" in lines
+    assert "| student fp32 against openvino | 1.0x | 1.20x | 1 x 128 |" in lines
+    assert "| real, one by one fp32 against openvino | 1.0x | 1.20x | 32 x 128 |" in lines
+    assert "| real fp32 against openvino | 1.5x | 1.20x | 1 x 128 |" in lines
 
 
 def test_the_bench_of_serving_has_a_plan_for_each_part(monkeypatch):
