@@ -60,9 +60,13 @@ void PackedLinear::pack_column(const float* from, int64_t column) {
       std::memcpy(place(i), &value, sizeof(value));
     }
   } else {
-    float most = 0;
-    for (int64_t i = 0; i < k; ++i) most = std::max(most, std::abs(from[i]));
-    const float scale = most / 127;
+    float most = 0, odd = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      most = std::max(most, std::abs(from[i]));
+      odd += from[i] * 0.0f;
+    }
+    // A NaN or an infinity makes the column NaN; numbers too small to be scaled are zero.
+    const float scale = odd != 0 ? odd : most < 1e-30f ? 0 : most / 127;
     int64_t sum = 0;
     for (int64_t i = 0; i < k; ++i) {
       const long q = scale > 0 ? std::lround(from[i] / scale) : 0;

@@ -64,7 +64,11 @@ inline __attribute__((always_inline)) void score(const float* queries, const flo
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       Lanes* to = reinterpret_cast<Lanes*>(scores + r * kKeyPanel) + v;
-      if (started) sum[r][v] = sum[r][v] * factor + *to;
+      if (started) {
+        sum[r][v] *= factor;
+        in_register(sum[r][v]);  // rounded for every R, else a row's bits depend on its block
+        sum[r][v] += *to;
+      }
       *to = sum[r][v];
       if (most) most[r] = larger<float>(sum[r][v], most[r]);
     }

@@ -240,7 +240,9 @@ inline RowScale quantise(const float* a, int64_t k, uint8_t* q) {
     std::memset(q, 0, k);
     return {odd, 0};
   }
-  const float scale = high > low ? (high - low) / 255 : 1.0f, inverse = 1 / scale;
+  // Numbers too small to be divided by are zero.
+  const float range = high / 255 - low / 255;
+  const float scale = range > 1e-30f ? range : 1.0f, inverse = 1 / scale;
   const float zero = static_cast<float>(static_cast<int>(-low * inverse + 0.5f));
 #pragma omp simd
   for (int64_t i = 0; i < k; ++i) {

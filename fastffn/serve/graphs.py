@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .grouped import is_by_token
 
 _WARMUPS = 3  # before a capture: libraries choose algorithms and allocate at their first calls
 
@@ -70,11 +71,11 @@ class Graphed(nn.Module):
             if key not in self._graphs:
                 self._graphs[key] = self._capture(given, shape)
             buffers, replay = self._graphs[key]
-            _fill(buffers, given)
+            self._fill(buffers, given)
             output = replay()
             return type(output)(
                 **{
-                    name: _cut(value, shape, batch, length).clone()
+                    name: _cut(name, value, shape, batch, length).clone()
                     for name, value in output.items()
                     if torch.is_tensor(value)
                 }
@@ -82,8 +83,17 @@ class Graphed(nn.Module):
 
     def _capture(self, given: dict[str, Tensor], shape: tuple[int, int]):
         buffers = {name: x.new_zeros(shape) for name, x in given.items()}
-        _fill(buffers, given)
+        self._fill(buffers, given)
         return buffers, self._record(lambda: self.model(**buffers))
+
+    def _fill(self, buffers: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+        # RoBERTa numbers the tokens that are none of padding, wherever the mask is 0.
+        padding = getattr(self.model.config, "pad_token_id", None) or 0
+        for name, x in given.items():
+            buffer = buffers[name].fill_(padding if name == "input_ids" else 0)
+            buffer[: x.shape[0], : x.shape[1]].copy_(x)
+        # A text without tokens has nothing to attend to: filled-up texts have one.
+        buffers["attention_mask"][given["attention_mask"].shape[0] :, 0] = 1
 
 
 def bucket(batch: int, length: int, longest: int | None = None) -> tuple[int, int]:
@@ -103,18 +113,9 @@ def bucket(batch: int, length: int, longest: int | None = None) -> tuple[int, in
     return 1 << (batch - 1).bit_length(), filled if longest is None else min(filled, longest)
 
 
-def _fill(buffers: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    for name, x in given.items():
-        buffer = buffers[name]
-        buffer.zero_()
-        buffer[: x.shape[0], : x.shape[1]].copy_(x)
-    # A text without tokens has nothing to attend to: filled-up texts have one.
-    buffers["attention_mask"][given["attention_mask"].shape[0] :, 0] = 1
-
-
-def _cut(x: Tensor, shape: tuple[int, int], batch: int, length: int) -> Tensor:
+def _cut(name: str, x: Tensor, shape: tuple[int, int], batch: int, length: int) -> Tensor:
     x = x[:batch] if x.dim() and x.shape[0] == shape[0] else x
-    return x[:, :length] if x.dim() > 2 and x.shape[1] == shape[1] else x
+    return x[:, :length] if is_by_token(name, x, shape[1]) else x
 
 
 class _Recorder:

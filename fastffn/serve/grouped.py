@@ -5,12 +5,14 @@ padding to all of it, and the outputs are put together again. For what csrc cann
 (`packing`), and for runtimes that take padded batches only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 _STEP = 32  # lengths of one group differ by less
+# Outputs [B, T]; others of two dimensions are [B, C], where C may be T by chance.
+BY_TOKEN = ("start_logits", "end_logits")
 
 
 class Grouped(nn.Module):
@@ -18,7 +20,8 @@ class Grouped(nn.Module):
 
     Args:
         model: takes tensors [B, ..] by name, one of them `attention_mask` [B, T] with 0 at padding
-            behind the text, and gives a mapping (transformers' outputs are one) of tensors [B, ..].
+            behind the text, and gives a mapping (transformers' outputs are one) of tensors
+            [B, ..]. What gives something else besides, such as a loss, runs the batch as it is.
     """
 
     def __init__(self, model: nn.Module):
@@ -46,15 +49,23 @@ class Grouped(nn.Module):
         for rows, longest in _groups(lengths):
             part = {name: _cut(x, rows, batch, length, longest) for name, x in named.items()}
             output = self.model(**part)
+            if not _can_be_joined(output, len(rows)):
+                return self.model(**named)
             for name, value in output.items():
-                if torch.is_tensor(value) and value.dim() and value.shape[0] == len(rows):
-                    _put(whole, name, value, rows, batch, length, longest)
+                _put(whole, name, value, rows, batch, length, longest)
         return type(output)(**whole)
 
 
 def _is_holed(mask: Tensor) -> bool:
     real = mask != 0
     return bool((real[:, 1:] > real[:, :-1]).any())
+
+
+def _can_be_joined(output: object, rows: int) -> bool:
+    return isinstance(output, Mapping) and all(
+        torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == rows
+        for value in output.values()
+    )
 
 
 def _groups(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -66,15 +77,21 @@ def _groups(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 
 def _cut(x: object, rows: Tensor, batch: int, length: int, longest: int) -> object:
-    if not torch.is_tensor(x) or x.dim() == 0 or x.shape[0] != batch:
+    if not torch.is_tensor(x) or x.dim() == 0 or x.shape[0] not in (1, batch):
         return x
-    x = x[rows]
+    x = x[rows] if x.shape[0] == batch else x
     return x[:, :longest] if x.dim() > 1 and x.shape[1] == length else x
+
+
+def is_by_token(name: str, value: Tensor, length: int) -> bool:
+    """Whether an output is [B, T, ..]."""
+    many = value.dim() > 2 or (value.dim() == 2 and name in BY_TOKEN)
+    return many and value.shape[1] == length
 
 
 def _put(whole, name: str, value: Tensor, rows: Tensor, batch: int, length: int, longest: int):
     """Puts a group's output among those of the batch."""
-    by_token = value.dim() > 1 and value.shape[1] == longest
+    by_token = is_by_token(name, value, longest)
     rest = (length, *value.shape[2:]) if by_token else tuple(value.shape[1:])
     if name not in whole:
         whole[name] = value.new_zeros(batch, *rest)

@@ -7,8 +7,7 @@ modules with fastffn's feed-forward parts (`models.patch`) and runs texts of lik
 """
 
 import copy
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +94,7 @@ def optimize(
     if device.type == "cuda":
         if quantize:
             raise UserError('quantize: "int8" is for the CPU; on a GPU take dtype=torch.bfloat16')
-        made, engine, why = Graphed(_patched(model, dtype)), "cuda-graphs", ""
+        made, engine, why = _around(_patched(model, dtype), Graphed), "cuda-graphs", ""
     else:
         made, engine, why = _on_cpu(model, dtype, precision, unpad)
     made.eval()
@@ -107,9 +106,10 @@ def optimize(
 def _on_cpu(model: nn.Module, dtype: torch.dtype, precision: str, unpad: bool):
     """The model, its engine, and why that is not csrc."""
     why = "padding is kept" if not unpad else ""
-    if unpad:
+    if unpad and precision != "float16":
         try:
-            return _replaced(model, lambda base: PackedEncoder(base, precision)), "csrc", ""
+            made = _shallow(model).float()
+            return _replaced(made, lambda base: PackedEncoder(base, precision)), "csrc", ""
         except NotPackable as error:
             why = str(error)
     if precision == "int8":
@@ -120,7 +120,7 @@ def _on_cpu(model: nn.Module, dtype: torch.dtype, precision: str, unpad: bool):
     if precision != "float32" and not _multiplies(dtype):
         raise UserError(f"dtype: this processor does not multiply {dtype}; take torch.float32")
     made = _patched(model, dtype)
-    return Grouped(made) if unpad else made, "torch", why
+    return _around(made, Grouped) if unpad else made, "torch", why
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -131,21 +131,28 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _shallow(model: nn.Module) -> nn.Module:
-    """The modules again, with the same tensors."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """The modules again, with the same memory, for inference."""
+    memo = {id(x): nn.Parameter(x.detach(), requires_grad=False) for x in model.parameters()}
+    memo |= {id(x): x for x in model.buffers()}
+    return copy.deepcopy(model, memo).eval()
 
 
 def _patched(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    made = _shallow(model)
-    if dtype != next(model.parameters()).dtype:
-        made = copy.deepcopy(model).to(dtype)
-    return patch(made).requires_grad_(False)
+    return patch(_shallow(model).to(dtype))
 
 
-def _replaced(model: nn.Module, make) -> nn.Module:
+def _around(made: nn.Module, wrapper: type[nn.Module]) -> nn.Module:
+    """The wrapper around a model, or inside of what is not called as a model is."""
+    return _replaced(made, wrapper) if _takes_features(made) else wrapper(made)
+
+
+def _takes_features(model: nn.Module) -> bool:
+    """A SentenceTransformer takes one dictionary."""
+    return isinstance(model, nn.Sequential)
+
+
+def _replaced(made: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The model with other encoders inside."""
-    made = _shallow(model)
     names = {module: name for name, module in made.named_modules()}
     for encoder in encoders(made):
         place, _, name = names[encoder.base].rpartition(".")
@@ -165,19 +172,15 @@ def _compared(
 ) -> Report:
     if sample is None:
         sample = _sample(model)
-    training, dtype = model.training, next(model.parameters()).dtype
-    exact = model if dtype == torch.float32 else copy.deepcopy(model).float()
-    exact.eval()
-    try:
-        with torch.no_grad():
-            name, want = _first(exact(**sample))
-            _, got = _first(made(**sample))
-    finally:
-        model.train(training)
+    exact = _shallow(model).float()
+    with torch.no_grad():
+        name, want = _first(_called(exact, sample))
+        got = _called(made, sample)[name]
     want, got = want.float(), got.float()
     mask = sample.get("attention_mask")
-    if mask is not None and want.dim() == 3 and want.shape[:2] == mask.shape:
-        want, got = want[mask != 0], got[mask != 0]
+    if mask is not None:  # of padding, and of texts without tokens, nothing is said
+        real = mask != 0 if want.shape[:2] == mask.shape else mask.any(1)
+        want, got = want[real], got[real]
     difference = got - want
     agreement = None
     if name == "logits" and want.shape[-1] > 1:
@@ -193,7 +196,11 @@ def _compared(
     )
 
 
-def _first(output) -> tuple[str, Tensor]:
+def _called(model: nn.Module, sample: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return model(dict(sample)) if _takes_features(model) else model(**sample)
+
+
+def _first(output: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     """The output that counts, with its name."""
     for name, value in output.items():
         if torch.is_tensor(value) and value.is_floating_point():
