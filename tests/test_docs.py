@@ -28,6 +28,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE, SEARCH = DOCS / "distillation.md", DOCS / "search.md"
 EMBED, CLASSIFIER = "compress-an-embedding-model.md", "compress-a-classifier.md"
 MADE = ("recipe.yaml", "runs/search/student.yaml")  # files of the reader's
+ADDED = "squared_relu"  # the primitive that a page adds
 
 
 def blocks(language: str, page: Path = PAGE) -> list[str]:
@@ -179,7 +180,7 @@ TASKS = sorted((DOCS / "tasks").glob("*.md"))
 
 def commands(page: Path) -> list[list[str]]:
     """The words of every `fastffn ...` of a page, as the shell gives them."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace(ADDED, "relu")
     lines = [line for line in text.splitlines() if line.startswith("    ")]
     found = []
     for words in (shlex.split(line, comments=True) for line in lines if "fastffn " in line):
