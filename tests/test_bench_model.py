@@ -22,8 +22,6 @@ from fastffn.serve.runtimes import RUNTIMES, Files, Runner, Runtime, Setting, Un
 from fastffn.serve.subjects import PRESETS, load_encoder, named, prepare
 from fastffn.serve.workloads import Workload, fixed, padding, read_texts, real
 
-pytestmark = pytest.mark.usefixtures("loud_again")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -429,6 +427,7 @@ SHORT = ["--batch", "2", "--length", "8", "--seconds", "0", "--rounds", "2", "--
 SHORT += ["--runtimes", "eager", "--precisions", "fp32", "--threads", "1"]
 
 
+@pytest.mark.usefixtures("loud_again")
 def test_the_command_prints_tables_and_goes_on(folders, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file, out = tmp_path / "report.json", tmp_path / "out"
@@ -446,6 +445,7 @@ def test_the_command_prints_tables_and_goes_on(folders, tmp_path, capsys):
     assert "is of other models" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("loud_again")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
