@@ -48,7 +48,7 @@ def hold(log: Path, limit: int) -> None:
     write_text_atomic(Path(f"{log}.hold"), str(limit))
 
 
-def start(place: str, log: Path, trials: int, heartbeat: int = 10) -> subprocess.Popen:
+def start(place: str, log: Path, trials: int, heartbeat: int = 60) -> subprocess.Popen:
     arguments = [place, log, trials, heartbeat]  # long: a busy machine makes nobody seem dead
     return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
 
