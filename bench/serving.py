@@ -10,9 +10,9 @@
     plain          BERT-base and all-MiniLM-L6-v2's shape in all runtimes, ctranslate2 too
     cuda           with --device cuda, in place of all others: both in bf16, batch 1 and 256
 
-All of it is `fastffn bench model` (fastffn/serve/comparison.py) with other choices. Each workload
-is written when it is measured, and the same command again goes on with what is missing. `--show`
-prints the tables of a file; `--tiny` is a trial on tiny models.
+All of it is `fastffn bench model` (fastffn/runtimes/comparison.py) with other choices. Each
+workload is written when it is measured, and the same command again goes on with what is missing.
+`--show` prints the tables of a file; `--tiny` is a trial on tiny models.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import torch
 from fastffn.errors import UserError
 from fastffn.files import write_text_atomic
 from fastffn.quiet import quiet
-from fastffn.serve import comparison, comparison_tables, workloads
-from fastffn.serve.runtimes import OURS, PRECISIONS
+from fastffn.runtimes import comparison, tables, workloads
+from fastffn.runtimes.contenders import OURS, PRECISIONS
 
 PARTS = ("against-bert", "student", "real", "plain", "cuda")
 _SIZES = {"batches": (1, 8, 32), "lengths": (32, 128, 384), "length": 128, "gpu": 256}
@@ -110,11 +110,8 @@ def reach(result: dict[str, Any]) -> str:
     """A table: each figure that is aimed at, what is wanted and what was found, the worst of all
     workloads where there are several."""
     found = [*_against_bert(result), *_between_runtimes(result), *_on_gpu(result)]
-    rows = [
-        [what, f"{wanted}x", comparison_tables.times(ratio), at]
-        for what, wanted, ratio, at in found
-    ]
-    return comparison_tables.table(["figure", "wanted", "found", "where"], rows)
+    rows = [[what, f"{wanted}x", tables.times(ratio), at] for what, wanted, ratio, at in found]
+    return tables.table(["figure", "wanted", "found", "where"], rows)
 
 
 _Figure = tuple[str, float, float | None, str]
@@ -132,18 +129,15 @@ def _against_bert(result: dict[str, Any]) -> Iterator[_Figure]:
     wanted = {1: 8.0}
     for cell, big, small in _pairs(result, "against-bert"):
         name = cell["workload"]
-        base = comparison_tables.find(cell, big, "eager", "fp32")
-        ours = comparison_tables.find(cell, small, OURS, "fp32")
-        ratio = comparison_tables.over(base, ours)
+        base = tables.find(cell, big, "eager", "fp32")
+        ours = tables.find(cell, small, OURS, "fp32")
+        ratio = tables.over(base, ours)
         yield f"fp32 against {big} eager", wanted.get(cell["batch_size"], 6.5), ratio, name
-        rows = [comparison_tables.best(cell, model) for model in (big, small)]
+        rows = [tables.best(cell, model) for model in (big, small)]
         pair = " / ".join(f"{row['runtime']} {row['precision']}" for row in rows)
         yield "best against best", 6.0, rows[0]["ms"] / rows[1]["ms"], f"{name}: {pair}"
-        products = [
-            comparison_tables.find(cell, model, comparison.PRODUCTS, "fp32")
-            for model in (big, small)
-        ]
-        yield "bare products, fp32", 7.0, comparison_tables.over(*products), name
+        products = [tables.find(cell, model, comparison.PRODUCTS, "fp32") for model in (big, small)]
+        yield "bare products, fp32", 7.0, tables.over(*products), name
 
 
 def _between_runtimes(result: dict[str, Any]) -> Iterator[_Figure]:
@@ -166,11 +160,11 @@ def _between_runtimes(result: dict[str, Any]) -> Iterator[_Figure]:
 def _to_best(cell: dict[str, Any], precision: str) -> tuple[float, str, str] | None:
     """fastffn's ratio to the best other runtime, in int8 to plain onnxruntime; that and where."""
     model = cell["results"][0]["model"]
-    found = comparison_tables.ratio_to_best(cell, model, precision)
+    found = tables.ratio_to_best(cell, model, precision)
     if precision == "int8":
         names = ("onnxruntime", OURS)
-        times = (comparison_tables.find(cell, model, name, precision) for name in names)
-        ratio = comparison_tables.over(*times)
+        times = (tables.find(cell, model, name, precision) for name in names)
+        ratio = tables.over(*times)
         found = None if ratio is None else (ratio, "onnxruntime")
     return None if found is None else (*found, cell["workload"])
 
@@ -178,16 +172,16 @@ def _to_best(cell: dict[str, Any], precision: str) -> tuple[float, str, str] | N
 def _on_gpu(result: dict[str, Any]) -> Iterator[_Figure]:
     """The small model against the big one in eager torch, which runs sdpa, both in bf16."""
     for cell, big, small in _pairs(result, "cuda"):
-        base = comparison_tables.find(cell, big, "eager", "bf16")
-        ours = comparison_tables.find(cell, small, OURS, "bf16")
+        base = tables.find(cell, big, "eager", "bf16")
+        ours = tables.find(cell, small, OURS, "bf16")
         wanted = 6.0 if cell["batch_size"] == 1 else 5.0
-        ratio = comparison_tables.over(base, ours)
+        ratio = tables.over(base, ours)
         yield f"GPU, bf16 against {big} eager", wanted, ratio, cell["workload"]
 
 
 def markdown(result: dict[str, Any]) -> str:
     """All tables of a result."""
-    parts = [f"# {part}\n\n{comparison_tables.markdown(r)}" for part, r in result["parts"].items()]
+    parts = [f"# {part}\n\n{tables.markdown(r)}" for part, r in result["parts"].items()]
     return "\n".join([*parts, "# Reach\n", reach(result)]) + "\n"
 
 

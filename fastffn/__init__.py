@@ -39,6 +39,7 @@ _SUBPACKAGES = (
     "layers",
     "losses",
     "models",
+    "runtimes",
     "search",
     "serve",
 )

@@ -16,11 +16,11 @@ from bench import serving
 from fastffn import cli
 from fastffn.errors import UserError
 from fastffn.models import EfficientBertConfig, EfficientBertModel
-from fastffn.serve import comparison, comparison_pictures, comparison_tables, products, race
-from fastffn.serve import workloads as workloads_module
-from fastffn.serve.runtimes import RUNTIMES, Files, Runner, Runtime, Setting, Unavailable
-from fastffn.serve.subjects import PRESETS, load_encoder, named, prepare
-from fastffn.serve.workloads import Workload, fixed, padding, read_texts, real
+from fastffn.runtimes import comparison, pictures, products, race, tables
+from fastffn.runtimes import workloads as workloads_module
+from fastffn.runtimes.contenders import RUNTIMES, Files, Runner, Runtime, Setting, Unavailable
+from fastffn.runtimes.subjects import PRESETS, load_encoder, named, prepare
+from fastffn.runtimes.workloads import Workload, fixed, padding, read_texts, real
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +365,7 @@ def example():
 
 
 def test_tables_relate_models_and_runtimes():
-    text = comparison_tables.markdown(example())
+    text = tables.markdown(example())
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "| small fastffn | fp32 | 10.0 (100) | 100 (320) |" in lines
     assert "| small | 1 x 128 | 1.20x openvino | – | – |" in lines
@@ -380,7 +380,7 @@ def test_tables_relate_models_and_runtimes():
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    drawn = comparison_pictures.draw(example(), tmp_path)
+    drawn = pictures.draw(example(), tmp_path)
     assert [path.name for path in drawn] == ["milliseconds-2-threads.png", "ratios-2-threads.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
 

@@ -80,8 +80,8 @@ def _model(arguments: argparse.Namespace) -> int:
     import torch
 
     from fastffn.files import write_text_atomic
-    from fastffn.serve import comparison, comparison_pictures, comparison_tables, workloads
-    from fastffn.serve.runtimes import PRECISIONS
+    from fastffn.runtimes import comparison, pictures, tables, workloads
+    from fastffn.runtimes.contenders import PRECISIONS
 
     lengths = arguments.length
     if lengths is None:
@@ -112,12 +112,12 @@ def _model(arguments: argparse.Namespace) -> int:
 
     report = comparison.run(options, _earlier(arguments), save, progress)
     save(report)
-    text = comparison_tables.markdown(report)
+    text = tables.markdown(report)
     print(text, end="")
     if arguments.out is not None:
         write_text_atomic(arguments.out / "report.json", json.dumps(report, indent=1) + "\n")
         write_text_atomic(arguments.out / "table.md", text)
-        for path in comparison_pictures.draw(report, arguments.out):
+        for path in pictures.draw(report, arguments.out):
             progress(f"drawn: {path}")
     return 0
 

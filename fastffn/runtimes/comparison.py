@@ -37,8 +37,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..memory import freed_memory_kept
 from . import footprint, race
+from .contenders import PRECISIONS, RUNTIMES, Batch, Files, Runner, Setting, Unavailable
 from .products import Products, shapes
-from .runtimes import PRECISIONS, RUNTIMES, Batch, Files, Runner, Setting, Unavailable
 from .subjects import Subject, load_encoder, prepare, read_tokenizer
 from .workloads import Workload, padding
 

@@ -7,8 +7,8 @@ from typing import Any
 from ..compress.tables import digits
 from ..figures import BLACK, BLUE, GREEN, GREY, ORANGE, figure, plain_axes, save
 from .comparison import PRODUCTS
-from .comparison_tables import per_batch, ratio_to_best
-from .runtimes import PRECISIONS
+from .contenders import PRECISIONS
+from .tables import per_batch, ratio_to_best
 
 _COLOURS = {"fp32": BLUE, "bf16": ORANGE, "int8": GREEN}
 _COLUMNS = 3

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .runtimes import Batch
+from .contenders import Batch
 
 _PAUSE = 0.01  # seconds before a turn
 _SHORT = 0.2  # seconds of a pass: longer ones need no pass before them

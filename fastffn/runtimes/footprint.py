@@ -1,6 +1,6 @@
 """What a contender takes of memory: loaded and run in a process of its own.
 
-    python -m fastffn.serve.footprint FOLDER        with the question in FOLDER/footprint.pt
+    python -m fastffn.runtimes.footprint FOLDER        with the question in FOLDER/footprint.pt
 
 Counted is what the process grows by, beyond Python with torch and transformers: the weights in
 whatever form the runtime packs them, its library, the graph, and what a batch needs on the way.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .runtimes import RUNTIMES, Batch, Files, Setting, Unavailable
+from .contenders import RUNTIMES, Batch, Files, Setting, Unavailable
 from .subjects import Subject
 
 
@@ -43,7 +43,7 @@ def measure(
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.save(question, Path(folder) / "footprint.pt")
-        command = [sys.executable, "-m", "fastffn.serve.footprint", folder]
+        command = [sys.executable, "-m", "fastffn.runtimes.footprint", folder]
         threads = {"OMP_NUM_THREADS": str(setting.threads)}
         ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if ended.returncode:

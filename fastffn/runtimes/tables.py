@@ -11,7 +11,7 @@ from typing import Any
 
 from ..compress.tables import DASH, digits
 from .comparison import PRODUCTS
-from .runtimes import OURS, PRECISIONS
+from .contenders import OURS, PRECISIONS
 
 Cell = Mapping[str, Any]
 

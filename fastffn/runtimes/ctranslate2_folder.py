@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..distill.teacher import quiet
-from .runtimes import Unavailable
+from .contenders import Unavailable
 
 KINDS = ("bert", "distilbert", "roberta", "camembert", "xlm-roberta")
 

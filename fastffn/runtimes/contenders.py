@@ -61,7 +61,7 @@ class Files:
         """As a graph of onnx: in float32, or with weights and activations in int8."""
         folder = self.folder / ("onnx-int8" if quantize else "onnx")
         if not folder.exists():
-            from .export import export
+            from ..serve.export import export
 
             export(load_encoder(self.model()), folder, format="onnx", quantize=quantize)
         (file,) = folder.glob("*.onnx")
@@ -201,7 +201,7 @@ class FastFFN(Runtime):
     devices = ("cpu", "cuda")
 
     def load(self, files: Files, precision: str, setting: Setting) -> Runner:
-        from .optimize import optimize
+        from ..serve.optimize import optimize
 
         model = load_encoder(files.model()).to(setting.device)
         options = {"bf16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}

@@ -1,0 +1,1 @@
+"""Models and what runs them side by side: torch, its compiler, other runtimes, fastffn."""
