@@ -8,7 +8,7 @@ RUNS ?= 3
 CHECKS := address,undefined
 SANITIZED := $(wildcard tests/test_math.py tests/test_elementwise.py tests/test_residual_norm.py \
   tests/test_attention.py tests/test_relation.py tests/test_relation_losses.py tests/test_ffn.py \
-  tests/test_cuda_emulated.py)
+  tests/test_packed.py tests/test_cuda_emulated.py)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
