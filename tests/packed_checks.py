@@ -116,7 +116,15 @@ class Maker:
         return Layer(qkv, self.linear(hidden, hidden), scale, self.norm(hidden), made)
 
 
-def packed(model: Model, precision: str = "float32"):
+@dataclass
+class Held:
+    """An encoder with the tables that it does not copy."""
+
+    run: Callable
+    model: Model
+
+
+def packed(model: Model, precision: str = "float32") -> Held:
     """csrc's Encoder of it."""
     encoder = backend.cpp()[0].Encoder(
         model.hidden,
@@ -161,7 +169,7 @@ def packed(model: Model, precision: str = "float32"):
             e.norm.tuple(),
             None if e.after is None else e.after.tuple(),
         )
-    return encoder
+    return Held(encoder.run, model)
 
 
 def run(encoder, starts: Tensor, hidden: Tensor | int, threads: int = 1, bias=None, **tokens):
