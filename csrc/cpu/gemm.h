@@ -54,6 +54,8 @@ struct Tile {
   const char* b;
   int64_t b_panel;  // bytes
   int64_t steps;
+  const char* next;  // of the weight, to be fetched meanwhile: so many bytes a step
+  int64_t next_step;
   const float* bias;
   const float* scales;   // of the columns of an int8 weight,
   const float* sums;     // their sums
@@ -61,6 +63,14 @@ struct Tile {
   float* c;
   int64_t c_row;  // elements
 };
+
+// A weight comes from memory or L3 once for a block of rows; the first tile of each panel would
+// wait for it. So each tile fetches its share of the next panels into L2.
+template <int kPanels>
+inline __attribute__((always_inline)) void fetch(const char* next, int64_t panel) {
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanels; ++v) __builtin_prefetch(next + v * panel, 0, 2);
+}
 
 template <int kRows, int kPanels>
 void float_tile(const Tile& at) {
@@ -74,7 +84,9 @@ void float_tile(const Tile& at) {
   }
   const char* a = at.a;
   const char* b = at.b;
-  for (int64_t i = 0; i < at.steps; ++i, a += sizeof(float), b += kPanel * sizeof(float)) {
+  const char* next = at.next;
+  for (int64_t i = 0; i < at.steps; ++i, a += 4, b += kPanel * 4, next += at.next_step) {
+    fetch<kPanels>(next, at.b_panel);
     Vector<float> column[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v)
@@ -108,7 +120,9 @@ __attribute__((target("avx512bf16"))) void half_tile(const Tile& at) {
     for (int r = 0; r < kRows; ++r) sum[r][v] = _mm512_loadu_ps(at.bias + v * kPanel);
   const char* a = at.a;
   const char* b = at.b;
-  for (int64_t i = 0; i < at.steps; ++i, a += 4, b += kPanel * 4) {
+  const char* next = at.next;
+  for (int64_t i = 0; i < at.steps; ++i, a += 4, b += kPanel * 4, next += at.next_step) {
+    fetch<kPanels>(next, at.b_panel);
     __m512i column[kPanels];
 #pragma GCC unroll 16
     for (int v = 0; v < kPanels; ++v) column[v] = _mm512_loadu_si512(b + v * at.b_panel);
@@ -138,7 +152,9 @@ __attribute__((target("avx512vnni"))) void byte_tile(const Tile& at) {
     for (int r = 0; r < kRows; ++r) sum[r][v] = _mm512_setzero_si512();
   const char* a = at.a;
   const char* b = at.b;
-  for (int64_t i = 0; i < at.steps; ++i, a += 4, b += kPanel * 4) {
+  const char* next = at.next;
+  for (int64_t i = 0; i < at.steps; ++i, a += 4, b += kPanel * 4, next += at.next_step) {
+    fetch<kPanels>(next, at.b_panel);
     __m512i column[kPanels];
 #pragma GCC unroll 16
     for (int v = 0; v < kPanels; ++v) column[v] = _mm512_loadu_si512(b + v * at.b_panel);
@@ -215,14 +231,18 @@ inline void multiply(const void* a, int64_t a_row, const RowScale* scales,
       tile.sums = weight.sums.get() + panel * kPanel;
     }
     tile.c_row = c_row;
+    const int64_t after = panel + (wide ? 2 : 1);
+    const char* next = weight.panel(after < weight.panels ? after : 0);
+    tile.next_step = (kPanel * 4 + tiles - 1) / tiles;
     for (int64_t t = 0; t < tiles; ++t) {  // of even sizes: no tile is much shorter than another
       const int64_t first = rows * t / tiles, last = rows * (t + 1) / tiles;
       tile.a = static_cast<const char*>(a) + first * a_row;
+      tile.next = next + t * tile.next_step * tile.steps;
       tile.rows = scales + (scales ? first : 0);
       tile.c = c + first * c_row + panel * kPanel;
       kernels[last - first - 1](tile);
     }
-    panel += wide ? 2 : 1;
+    panel = after;
   }
 }
 
