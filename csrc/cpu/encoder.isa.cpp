@@ -69,6 +69,9 @@ class Worker {
         embedder_(call, kBlockRows) {
     for (int64_t text = 0; text < call.texts; ++text)
       longest_ = std::max(longest_, call.starts[text + 1] - call.starts[text]);
+    int64_t window = 0;
+    for (const auto& layer : encoder_.layers) window = std::max(window, layer->window);
+    window_.reserve(window ? kWindowQueries * (kWindowQueries + 2 * window) : 0);
     attention_ = allocate<float>(attend_workspace(longest_, encoder_.head_size));
     int64_t registers = 0;
     for (const auto& layer : encoder_.layers)
