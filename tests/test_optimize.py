@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import os
 import pickle
 import re
@@ -42,6 +43,7 @@ HEADS = [
     ("efficientbert", "ForSequenceClassification"),
 ]
 PAD = 1
+optimize_module = importlib.import_module("fastffn.serve.optimize")  # its name is the function's
 
 
 def batch(lengths=(7, 0, 1, 12, 3), side="right", seed=1):
@@ -460,6 +462,93 @@ def test_sentence_transformers(kind, engine, tmp_path):
     close(got, want)
 
 
+# -- what is compared, and what holds the encoder ------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["", "ForSequenceClassification"])
+def test_a_model_set_to_give_tuples(head):
+    of = model("bert", head)
+    of.config.return_dict = False
+    report = fastffn.optimize(of).report
+    assert report.output == ("logits" if head else "last_hidden_state") and report.largest < 1e-4
+
+
+def test_a_sample_with_labels():
+    of = model("bert", "ForSequenceClassification")
+    report = fastffn.optimize(of, sample={**batch((5, 3)), "labels": torch.tensor([0, 1])}).report
+    assert report.output == "logits" and report.agreement == 1.0
+
+
+def test_a_model_that_does_not_take_the_sample():
+    of = model("bert", "ForMultipleChoice")
+    with pytest.raises(UserError, match=r"BertForMultipleChoice does not take input_ids \[8, 48\]"):
+        fastffn.optimize(of)
+    given = {name: x.view(2, 2, 9) for name, x in batch([5, 9, 3, 4]).items()}
+    made = fastffn.optimize(of, sample=given)
+    assert made.report.agreement == 1.0 and made(**given).logits.shape == (2, 2)
+
+
+class Turned(nn.Module):
+    """A model whose first four answers are others."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, **given):
+        output = self.base(**given)
+        output.logits[:4] *= -1
+        return output
+
+
+def test_agreement_of_as_many_classes_as_tokens(monkeypatch):
+    of = model("bert", "ForSequenceClassification", num_labels=48)  # the sample's length
+    replaced = optimize_module._replaced
+    monkeypatch.setattr(optimize_module, "_replaced", lambda *args: Turned(replaced(*args)))
+    assert fastffn.optimize(of).report.agreement == 0.5
+
+
+def test_agreement_of_answers_at_tokens():
+    report = fastffn.optimize(model("electra", "ForPreTraining")).report
+    assert (report.output, report.agreement) == ("logits", None) and report.largest < 1e-4
+
+
+def test_why_float16_is_not_packed(monkeypatch):
+    monkeypatch.setattr(optimize_module, "_multiplies", lambda dtype: True)
+    report = fastffn.optimize(model("bert"), dtype=torch.float16).report
+    assert (report.engine, report.why) == ("torch", "csrc has no float16")
+
+
+class Towers(nn.Module):
+    """One encoder under two names, and a tensor of its two outputs."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.query = self.document = model(kind)
+
+    def forward(self, **given):
+        return self.query(**given)[0] + self.document(**given)[0]
+
+
+@pytest.mark.parametrize("kind, cls", [("bert", PackedEncoder), ("deberta-v2", Grouped)])
+def test_an_encoder_of_two_names(kind, cls):
+    of = Towers(kind)
+    made, given = fastffn.optimize(of), batch((5, 3, 40))
+    assert type(made.query) is cls and made.query is made.document
+    assert made.report.largest < 1e-4
+    mask = given["attention_mask"] != 0
+    with torch.no_grad():
+        close(made(**given)[mask], of(**given)[mask])
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("head", ["", "ForSequenceClassification"])
+def test_optimising_twice(kind, head):
+    made = fastffn.optimize(model(kind, head))
+    with pytest.raises(UserError, match="the model is optimised already"):
+        fastffn.optimize(made)
+
+
 # -- groups --------------------------------------------------------------------------------------
 
 
@@ -499,12 +588,74 @@ def test_groups_give_what_the_whole_gives(classes, lengths):
 
 def test_groups_are_shorter():
     inner = Recorded(2)
-    Grouped(inner)(**batch((5, 2, 0, 40, 70, 33)))
+    grouped, given = Grouped(inner), batch((5, 2, 0, 40, 70, 33))
+    grouped(**given)
+    assert inner.shapes == [(1, 1), (2, 2), (3, 3), (2, 5), (2, 40), (1, 70)]
+    inner.shapes.clear()
+    grouped(**given)  # knows its outputs now
     assert inner.shapes == [(1, 1), (2, 5), (2, 40), (1, 70)]
     inner.shapes.clear()
     Grouped(inner)(**batch((5, 9), side="left"))  # padding stands before: as it is
     Grouped(inner)(batch((5, 9))["input_ids"], batch((5, 9))["attention_mask"])
     assert inner.shapes == [(2, 9), (2, 9)]
+
+
+class Scores(nn.Module):
+    """Outputs whose names do not tell that they are of tokens, or that they are not."""
+
+    def forward(self, input_ids, attention_mask, pairs=False):
+        x = (input_ids * attention_mask).float()
+        given = {"logits": x, "tokens": x[:, :, None], "classes": x.sum(1)[:, None, None]}
+        given["classes"] = given["classes"].repeat(1, 16, 2)  # 16: a bucket's length, by chance
+        return {**given, "pairs": x[:, :, None] * x[:, None]} if pairs else given
+
+
+class Pairs(Scores):
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask, pairs=True)
+
+
+def wrapped(kind, inner):
+    return Grouped(inner) if kind == "grouped" else graphs.Graphed(inner, record=recorder([]))
+
+
+@pytest.mark.parametrize("kind", ["grouped", "graphed"])
+@pytest.mark.parametrize("inner", [Scores(), Pairs()])
+@pytest.mark.parametrize("lengths", [(16, 3, 60), (16, 16, 40, 2), (7, 16, 3), (1, 0)], ids=str)
+def test_outputs_of_tokens_are_told_by_what_moves(kind, inner, lengths):
+    given = batch(lengths)
+    given = {name: nn.functional.pad(x, (0, 2)) for name, x in given.items()}
+    want, got = inner(**given), wrapped(kind, inner)(**given)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "graphed"])
+def test_logits_of_tokens(kind):
+    of = model("electra", "ForPreTraining")
+    with torch.no_grad():
+        same(wrapped(kind, of), of, batch((40, 3, 7)))
+
+
+@pytest.mark.parametrize("kind", ["grouped", "graphed"])
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 2, 4)], ids=str)
+def test_one_row_for_all_texts(kind, lengths):
+    of, given = model("bert"), batch(lengths)
+    made, row = wrapped(kind, of), torch.ones(1, 9, dtype=torch.long)
+    with torch.no_grad():
+        same(made, of, {**given, "token_type_ids": row})
+    if kind == "graphed":
+        row[0, 7:] = 0
+        got = made(given["input_ids"], row).last_hidden_state[:, :7]
+        with torch.no_grad():
+            close(got, of(given["input_ids"], row.expand(3, 9)).last_hidden_state[:, :7])
+
+
+def test_one_mask_for_all_texts_is_the_models():
+    inner = Recorded(2)
+    given = {"input_ids": torch.ones(3, 9), "attention_mask": torch.tensor([[1] * 5 + [0] * 4])}
+    assert torch.equal(Grouped(inner)(**given).logits, Recorded(2)(**given).logits)
+    assert inner.shapes == [(3, 9)]
 
 
 # -- graphs --------------------------------------------------------------------------------------
@@ -561,6 +712,58 @@ def test_replays_are_the_models(kind, head):
     with torch.no_grad():
         hidden = made(**batch([4]), output_hidden_states=True).hidden_states
     assert len(hidden) == 4 and len(recorded) == 3
+
+
+def test_what_is_replayed_and_what_is_not():
+    of, recorded = model("bert"), []
+    made, given = graphs.Graphed(of, record=recorder(recorded)), batch([5, 9])
+    same(made, of, {**given, "return_dict": True, "token_type_ids": None, "past_key_values": None})
+    assert len(recorded) == 1
+    with torch.no_grad():
+        close(made(**given, return_dict=False)[0], of(**given)[0])
+        mask = torch.zeros(2, 1, 9, 9)
+        close(made(given["input_ids"], mask)[0], of(given["input_ids"], mask)[0])
+        words = of.get_input_embeddings()(given["input_ids"])
+        close(made(inputs_embeds=words)[0], of(inputs_embeds=words)[0])
+    of.config.output_hidden_states = True
+    made = graphs.Graphed(of, record=recorder(recorded))
+    assert len(made(**given).hidden_states) == 4 and len(recorded) == 1
+
+
+def test_pixels_and_choices_are_not_replayed():
+    of, recorded = model("vit"), []
+    with torch.no_grad():
+        want = of(**inputs("vit")).last_hidden_state
+    close(graphs.Graphed(of, record=recorder(recorded))(**inputs("vit")).last_hidden_state, want)
+    of, given = model("bert", "ForMultipleChoice"), batch([5, 9, 3, 4])
+    given = {name: x.view(2, 2, 9) for name, x in given.items()}
+    with torch.no_grad():
+        want = of(**given).logits
+    close(graphs.Graphed(of, record=recorder(recorded))(**given).logits, want)
+    assert not recorded
+
+
+def test_streams_wait_for_each_others_outputs(monkeypatch):
+    log = []
+
+    class Stream:
+        def wait_event(self, event):
+            log.append(("wait", event))
+
+        def record_event(self):
+            log.append(("record", len(log)))
+            return log[-1][1]
+
+    def record(forward):
+        output = forward()
+        return lambda: log.append("replay") or output
+
+    monkeypatch.setattr(graphs, "_stream", lambda device: Stream())
+    made = graphs.Graphed(model("bert"), record=record)
+    for _ in range(3):
+        made(**batch([4]))
+    assert log[:2] == ["replay", ("record", 1)]
+    assert log[2:5] == [("wait", 1), "replay", ("record", 4)] and log[5] == ("wait", 4)
 
 
 def test_more_buckets_than_are_kept():

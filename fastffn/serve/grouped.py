@@ -5,14 +5,12 @@ padding to all of it, and the outputs are put together again. For what csrc cann
 (`packing`), and for runtimes that take padded batches only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 _STEP = 32  # lengths of one group differ by less
-# Outputs [B, T]; others of two dimensions are [B, C], where C may be T by chance.
-BY_TOKEN = ("start_logits", "end_logits")
 
 
 class Grouped(nn.Module):
@@ -27,6 +25,7 @@ class Grouped(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self._forms: dict[tuple[str, ...], dict[str, bool | None]] = {}  # by the outputs' names
 
     def __getattr__(self, name: str):
         """What this module does not have, the model has: config, dtype, device .."""
@@ -42,18 +41,25 @@ class Grouped(nn.Module):
             return self.model(*inputs, **named)
         batch, length = mask.shape
         lengths = mask.ne(0).sum(1)
-        if batch == 0 or int(lengths.min()) == length:
+        if batch == 0 or int(lengths.min()) == length or not _all_of(batch, named):
             return self.model(**named)
         whole: dict[str, Tensor] = {}
         output = None
         for rows, longest in _groups(lengths):
-            part = {name: _cut(x, rows, batch, length, longest) for name, x in named.items()}
-            output = self.model(**part)
-            if not _can_be_joined(output, len(rows)):
+            output = self.model(**_part(named, batch, length, rows, slice(longest)))
+            forms = self._forms_of(output, named, batch, length)
+            if None in forms.values():
                 return self.model(**named)
             for name, value in output.items():
-                _put(whole, name, value, rows, batch, length, longest)
+                _put(whole, value, name, forms[name], rows, batch, length)
         return type(output)(**whole)
+
+    def _forms_of(self, output: object, named: dict, batch: int, length: int):
+        """`by_token`, once for each set of outputs."""
+        names = tuple(output) if isinstance(output, Mapping) else ()
+        if names not in self._forms:
+            self._forms[names] = by_token(lambda part: self.model(**part), named, batch, length)
+        return self._forms[names]
 
 
 def _is_holed(mask: Tensor) -> bool:
@@ -61,11 +67,10 @@ def _is_holed(mask: Tensor) -> bool:
     return bool((real[:, 1:] > real[:, :-1]).any())
 
 
-def _can_be_joined(output: object, rows: int) -> bool:
-    return isinstance(output, Mapping) and all(
-        torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == rows
-        for value in output.values()
-    )
+def _all_of(batch: int, named: Mapping[str, object]) -> bool:
+    """Whether all tensors are of that many texts, or one for all of them."""
+    tensors = [x for x in named.values() if torch.is_tensor(x)]
+    return all(x.dim() > 0 and x.shape[0] in (1, batch) for x in tensors)
 
 
 def _groups(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -76,26 +81,52 @@ def _groups(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield rows, max(1, int(lengths[rows].max()))
 
 
-def _cut(x: object, rows: Tensor, batch: int, length: int, longest: int) -> object:
-    if not torch.is_tensor(x) or x.dim() == 0 or x.shape[0] not in (1, batch):
-        return x
-    x = x[rows] if x.shape[0] == batch else x
-    return x[:, :longest] if x.dim() > 1 and x.shape[1] == length else x
+def _part(
+    named: Mapping[str, object], batch: int, length: int, rows: Tensor, columns: Tensor | slice
+) -> dict[str, object]:
+    """Some texts of a batch, and of those some tokens."""
+
+    def cut(x: object) -> object:
+        if not torch.is_tensor(x) or x.dim() == 0:
+            return x
+        x = x[rows] if x.shape[0] == batch else x
+        return x[:, columns] if x.dim() > 1 and x.shape[1] == length else x
+
+    return {name: cut(x) for name, x in named.items()}
 
 
-def is_by_token(name: str, value: Tensor, length: int) -> bool:
-    """Whether an output is [B, T, ..]."""
-    many = value.dim() > 2 or (value.dim() == 2 and name in BY_TOKEN)
-    return many and value.shape[1] == length
+def by_token(
+    call: Callable[[dict], object], named: Mapping[str, object], batch: int, length: int
+) -> dict[str, bool | None]:
+    """For each output of a model: True, it is [B, T, ..]; False, [B, ..]; None, neither.
+
+    Neither are a loss, a tuple of hidden states, scores [B, T, T]; and what has no names at all.
+    Told from two texts of two tokens and three of three, made of the batch's first one, and not
+    from one output's shape: [B, C] of C classes may be [B, T] by chance.
+    """
+    sizes = []
+    for count in (2, 3):
+        first = torch.zeros(count, dtype=torch.long)
+        output = call(_part(named, batch, length, first, first))
+        output = output if isinstance(output, Mapping) else {"": None}
+        sizes.append({name: getattr(x, "shape", ()) for name, x in output.items()})
+    return {name: _form(tuple(x), tuple(sizes[1].get(name, ()))) for name, x in sizes[0].items()}
 
 
-def _put(whole, name: str, value: Tensor, rows: Tensor, batch: int, length: int, longest: int):
+def _form(two: tuple[int, ...], three: tuple[int, ...]) -> bool | None:
+    if three[:1] != (3,) or two[:1] != (2,):
+        return None
+    if two[1:] == three[1:]:
+        return False
+    return True if (two[:2], three[:2]) == ((2, 2), (3, 3)) and two[2:] == three[2:] else None
+
+
+def _put(whole, value: Tensor, name: str, tokens: bool, rows: Tensor, batch: int, length: int):
     """Puts a group's output among those of the batch."""
-    by_token = is_by_token(name, value, longest)
-    rest = (length, *value.shape[2:]) if by_token else tuple(value.shape[1:])
     if name not in whole:
+        rest = (length, *value.shape[2:]) if tokens else tuple(value.shape[1:])
         whole[name] = value.new_zeros(batch, *rest)
-    if by_token:
-        whole[name][rows, :longest] = value
+    if tokens:
+        whole[name][rows, : value.shape[1]] = value
     else:
         whole[name][rows] = value

@@ -17,11 +17,12 @@ from ..errors import UserError
 from ..models.architectures import encoders
 from ..models.patch import patch
 from .graphs import Graphed
-from .grouped import Grouped
+from .grouped import Grouped, by_token
 from .packed_encoder import PackedEncoder
 from .packing import NotPackable
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_MADE = (PackedEncoder, Grouped, Graphed)
 _TEXTS, _TOKENS = 8, 48  # of the sample that accuracy is measured on, if none is given
 
 
@@ -66,6 +67,9 @@ def optimize(
     """A model for inference that is called as the given one and gives the same outputs, faster.
 
     The given model is not changed and may be let go. Any number of threads may call the result.
+    Embeddings and heads share memory with the given model, where their type stays; packed layers
+    are copies. Do not change the given model's weights while the result serves: it would be half
+    old and half new. Optimise again after training.
 
     Args:
         model: an encoder of `models.architectures.ALL`, or of fastffn, with any head, or something
@@ -80,9 +84,15 @@ def optimize(
         The model, with its `Report` as `report`. Outputs of csrc are float32; padding is zero.
 
     Raises:
-        UserError: no encoder that is known, a type that this processor does not multiply, an
-            unknown `quantize`.
+        UserError: no encoder that is known, a model that is optimised already, a type that this
+            processor does not multiply, an unknown `quantize`, a model that does not take random
+            tokens where no sample is given.
     """
+    if any(isinstance(module, _MADE) for module in model.modules()):
+        raise UserError(
+            "the model is optimised already; for other options give the one it was made from"
+        )
+    encoders(model)  # refuses what is not known
     dtype = dtype or next(model.parameters()).dtype
     if dtype not in _DTYPES:
         raise UserError(f"dtype: {dtype}; take torch.float32 or torch.bfloat16")
@@ -90,7 +100,6 @@ def optimize(
         raise UserError(f'quantize: expected None or "int8", got {quantize!r}')
     device = next(model.parameters()).device
     precision = quantize or _DTYPES[dtype]
-    encoders(model)  # refuses what is not known
     if device.type == "cuda":
         if quantize:
             raise UserError('quantize: "int8" is for the CPU; on a GPU take dtype=torch.bfloat16')
@@ -105,7 +114,7 @@ def optimize(
 
 def _on_cpu(model: nn.Module, dtype: torch.dtype, precision: str, unpad: bool):
     """The model, its engine, and why that is not csrc."""
-    why = "padding is kept" if not unpad else ""
+    why = "csrc has no float16" if unpad else "padding is kept"
     if unpad and precision != "float16":
         try:
             made = _shallow(model).float()
@@ -143,7 +152,8 @@ def _patched(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _around(made: nn.Module, wrapper: type[nn.Module]) -> nn.Module:
     """The wrapper around a model, or inside of what is not called as a model is."""
-    return _replaced(made, wrapper) if _takes_features(made) else wrapper(made)
+    whole = hasattr(made, "config") and not _takes_features(made)
+    return wrapper(made) if whole else _replaced(made, wrapper)
 
 
 def _takes_features(model: nn.Module) -> bool:
@@ -153,12 +163,14 @@ def _takes_features(model: nn.Module) -> bool:
 
 def _replaced(made: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The model with other encoders inside."""
-    names = {module: name for name, module in made.named_modules()}
+    modules = list(made.named_modules(remove_duplicate=False))  # one may go by several names
     for encoder in encoders(made):
-        place, _, name = names[encoder.base].rpartition(".")
-        if not name:
-            return make(encoder.base)
-        setattr(made.get_submodule(place), name, make(encoder.base))
+        other = make(encoder.base)
+        for name in [name for name, module in modules if module is encoder.base]:
+            if not name:
+                return other
+            place, _, last = name.rpartition(".")
+            setattr(made.get_submodule(place), last, other)
     return made
 
 
@@ -170,20 +182,20 @@ def _compared(
     precision: str,
     why: str,
 ) -> Report:
-    if sample is None:
-        sample = _sample(model)
     exact = _shallow(model).float()
     with torch.no_grad():
-        name, want = _first(_called(exact, sample))
+        output, sample = _exact(exact, sample)
+        name, want = _first(output)
         got = _called(made, sample)[name]
+        mask = sample.get("attention_mask")
+        if mask is not None and mask.dim() == 2:  # of padding, and of texts without tokens,
+            forms = by_token(lambda part: _called(exact, part), sample, *mask.shape)
+            real = mask != 0 if forms.get(name) else mask.any(1)  # nothing is said
+            want, got = want[real], got[real]
     want, got = want.float(), got.float()
-    mask = sample.get("attention_mask")
-    if mask is not None:  # of padding, and of texts without tokens, nothing is said
-        real = mask != 0 if want.shape[:2] == mask.shape else mask.any(1)
-        want, got = want[real], got[real]
     difference = got - want
     agreement = None
-    if name == "logits" and want.shape[-1] > 1:
+    if name == "logits" and want.dim() > 1 and want.shape[-1] > 1:
         agreement = (want.argmax(-1) == got.argmax(-1)).float().mean().item()
     return Report(
         engine,
@@ -196,14 +208,39 @@ def _compared(
     )
 
 
+def _exact(model: nn.Module, sample: Mapping[str, Tensor] | None):
+    """The given model's outputs, and the sample they are of."""
+    if sample is not None:
+        return _called(model, sample), sample
+    sample = _sample(model)
+    try:
+        return _called(model, sample), sample
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in sample.items())
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"sample: {type(model).__name__} does not take {shapes} ({why}); "
+            "give a batch as the model takes it"
+        ) from error
+
+
 def _called(model: nn.Module, sample: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return model(dict(sample)) if _takes_features(model) else model(**sample)
+    """Outputs by name; without one, by number."""
+    if _takes_features(model):
+        return model(dict(sample))
+    config = getattr(model, "config", None)
+    named = {} if getattr(config, "return_dict", True) else {"return_dict": True}
+    output = model(**sample, **named)
+    if isinstance(output, Mapping):
+        return output
+    output = output if isinstance(output, tuple) else (output,)
+    return {f"output {k}": value for k, value in enumerate(output)}
 
 
 def _first(output: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-    """The output that counts, with its name."""
+    """The output that counts, with its name; a loss is not one."""
     for name, value in output.items():
-        if torch.is_tensor(value) and value.is_floating_point():
+        if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
             return name, value
     raise UserError("sample: the model gives no numbers to compare")
 
