@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -764,6 +765,18 @@ def test_streams_wait_for_each_others_outputs(monkeypatch):
         made(**batch([4]))
     assert log[:2] == ["replay", ("record", 1)]
     assert log[2:5] == [("wait", 1), "replay", ("record", 4)] and log[5] == ("wait", 4)
+
+
+def test_recordings_share_memory_and_let_other_threads_work():
+    names = ("Stream", "current_stream", "stream", "CUDAGraph")
+    fakes = {name: mock.MagicMock() for name in names}
+    fakes["graph"] = mock.create_autospec(torch.cuda.graph)
+    with mock.patch.multiple(torch.cuda, **fakes):
+        record = graphs._Recorder()
+        assert record(lambda: "first")() == "first" and record(lambda: "second")() == "second"
+    first, second = (call.kwargs for call in fakes["graph"].call_args_list)
+    assert first["capture_error_mode"] == second["capture_error_mode"] == "thread_local"
+    assert first["pool"] is None and second["pool"] is fakes["CUDAGraph"]().pool()
 
 
 def test_more_buckets_than_are_kept():
