@@ -49,7 +49,7 @@ struct Layer {
   // Rotation of queries and keys by their positions, [places, head size / 2]; null: none.
   const float* cosines = nullptr;
   const float* sines = nullptr;
-  int64_t window = 0;  // a token sees those up to so far from it; 0: all
+  int64_t window = -1;  // a token sees those up to so far from it; -1: all
   Norm norm;
   std::vector<Unit> units;
 };

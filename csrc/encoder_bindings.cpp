@@ -131,6 +131,9 @@ class PyEncoder {
     const int64_t hidden = encoder_.hidden;
     const Precision precision = encoder_.precision;
     require(qkv.size() == 3, "encoder: query, key and value");
+    for (const LinearTuple& part : qkv)
+      require(std::get<2>(part) == hidden, "encoder: width of query, key or value");
+    require(std::get<2>(output) == hidden, "encoder: width of attention's output");
     auto layer = std::make_unique<Layer>();
     layer->qkv = linear(qkv, hidden, precision);
     layer->output = linear({output}, hidden, precision);

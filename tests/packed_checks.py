@@ -60,7 +60,7 @@ class Layer:
     units: list[Unit]
     cosines: Tensor | None = None
     sines: Tensor | None = None
-    window: int = 0
+    window: int = -1  # all
 
 
 @dataclass
@@ -256,7 +256,7 @@ def rotated(x: Tensor, layer: Layer, starts: Tensor, heads: int) -> Tensor:
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1).flatten(1)
 
 
-def attention(q, k, v, starts, heads, scale, bias, window=0):
+def attention(q, k, v, starts, heads, scale, bias, window=-1):
     parts = [q[:0]]
     for first, last in pairwise(starts.tolist()):
         one, two, three = (
@@ -265,7 +265,7 @@ def attention(q, k, v, starts, heads, scale, bias, window=0):
         scores = one @ two.mT * scale
         if bias is not None:
             scores = scores + bias[:, : last - first, : last - first].to(scores)
-        if window:
+        if window >= 0:
             columns = torch.arange(last - first)
             far = (columns[:, None] - columns).abs() > window
             scores = scores.masked_fill(far, float("-inf"))

@@ -179,7 +179,7 @@ def pre_norm_model(hidden=36, heads=3, window=9, longest=300):
     return Model(hidden, heads, layers, last=maker.norm(hidden))
 
 
-@pytest.mark.parametrize("window", [0, 1, 9, 97])
+@pytest.mark.parametrize("window", [-1, 0, 1, 9, 97])
 @pytest.mark.parametrize("lengths", [[0, 1, 9, 10, 11, 30, 0], [250], [97, 96, 130]], ids=str)
 def test_norms_before_rotations_and_windows(isa, lengths, window):
     check(pre_norm_model(window=window), *texts(lengths, 36), threads=3)

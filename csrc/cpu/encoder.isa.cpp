@@ -69,9 +69,9 @@ class Worker {
         embedder_(call, kBlockRows) {
     for (int64_t text = 0; text < call.texts; ++text)
       longest_ = std::max(longest_, call.starts[text + 1] - call.starts[text]);
-    int64_t window = 0;
+    int64_t window = -1;
     for (const auto& layer : encoder_.layers) window = std::max(window, layer->window);
-    window_.reserve(window ? kWindowQueries * (kWindowQueries + 2 * window) : 0);
+    window_.reserve(window >= 0 ? kWindowQueries * (kWindowQueries + 2 * window) : 0);
     attention_ = allocate<float>(attend_workspace(longest_, encoder_.head_size));
     int64_t registers = 0;
     for (const auto& layer : encoder_.layers)
@@ -162,7 +162,7 @@ class Worker {
   void mix_text(const Layer& layer, const float* qkv, int64_t begin, int64_t end, int64_t from,
                 int64_t to, float* context) {
     const int64_t row = 3 * columns_, size = encoder_.head_size;
-    const bool windowed = layer.window && end - begin > layer.window + 1;
+    const bool windowed = layer.window >= 0 && end - begin > layer.window + 1;
     const int64_t step = windowed ? kWindowQueries : to - from;
     for (int64_t q = from; q < to; q += step) {
       const int64_t queries = std::min(step, to - q);

@@ -81,29 +81,47 @@ class PackedEncoder(nn.Module):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **_: object,
+        **others: object,
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """As the encoder's own; the mask is [B, T].
+        """As the encoder's own; the mask is [B, T], all tensors are on the CPU. The pooler sees
+        zeros where a text does not begin in the first column.
 
         Raises:
-            UserError: hidden states or attentions are asked for, shapes that do not fit, tokens or
-                positions that the model does not have.
+            UserError: hidden states or attentions are asked for, also by the configuration; an
+                argument that is not known here; shapes that do not fit, tokens or positions that
+                the model does not have.
         """
-        if output_hidden_states or output_attentions:
-            raise UserError(
-                "an optimised model keeps neither hidden states nor attentions; "
-                "ask the model it was made from"
-            )
+        wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
+        for name, asked in wanted.items():
+            if asked or (asked is None and getattr(self.config, f"output_{name}", False)):
+                raise UserError(
+                    f"output_{name}: an optimised model keeps neither hidden states nor "
+                    "attentions; ask the model it was made from"
+                )
+        tasks = others.pop("task_type_ids", None)  # ERNIE's
+        for name, value in others.items():
+            if value is not None and value is not False:
+                raise UserError(f"{name}: an optimised model does not take it; leave it out")
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("input_ids: give either input_ids or inputs_embeds")
         shape = tuple((inputs_embeds if input_ids is None else input_ids).shape[:2])
-        self._check_length(shape[1])
-        for name, x in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        self._check_length(shape[1], input_ids is None)
+        for name, x in {
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "task_type_ids": tasks,
+        }.items():
             if x is not None and tuple(x.shape) not in (shape, (1, shape[1])):
                 raise UserError(f"{name}: {list(x.shape)}, expected {list(shape)}")
+        for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
+            if x is not None and x.device.type != "cpu":
+                raise UserError(f"the inputs are on {x.device}, the model on the CPU; move them")
         rows = _Rows(shape, attention_mask)
+        more = {} if tasks is None else {"task_type_ids": tasks}
         hidden = self._run(
-            rows, attention_mask, input_ids, token_type_ids, position_ids, inputs_embeds
+            rows, attention_mask, input_ids, token_type_ids, position_ids, inputs_embeds, more
         )
         hidden = rows.padded(hidden)
         pooled = None
@@ -116,7 +134,7 @@ class PackedEncoder(nn.Module):
         output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
         return output.to_tuple() if return_dict is False else output
 
-    def _run(self, rows: "_Rows", mask, ids, kinds, positions, words) -> Tensor:
+    def _run(self, rows: "_Rows", mask, ids, kinds, positions, words, more) -> Tensor:
         known = self.packed.embeddings
         bias = None
         if self.position_bias is not None:
@@ -127,11 +145,10 @@ class PackedEncoder(nn.Module):
             raise UserError("attention_mask: has holes, which a window cannot skip")
         # Neighbours are told by csrc from positions that count columns.
         if known is None or ids is None or (known.trigram and positions is not None):
-            hidden = rows.of(self._embedded(mask, ids, kinds, positions, words)).clone()
+            hidden = rows.of(self._embedded(mask, ids, kinds, positions, words, more))
+            hidden = hidden.clone(memory_format=torch.contiguous_format)
             places = None
-            if (
-                self.packed.windowed and positions is not None
-            ):  # rotations are not in the embeddings
+            if self.packed.windowed and positions is not None:  # its layers rotate by them
                 places = rows.of(positions.long().expand(rows.shape)).contiguous()
             self.packed.run(hidden, rows.starts, places=places, bias=bias)
             return hidden
@@ -150,9 +167,9 @@ class PackedEncoder(nn.Module):
         self.packed.run(hidden, rows.starts, ids, places, kinds, bias)
         return hidden
 
-    def _embedded(self, mask, ids, kinds, positions, words) -> Tensor:
+    def _embedded(self, mask, ids, kinds, positions, words, more) -> Tensor:
         """What the layers begin with, [B, T, H], by the model's own modules."""
-        given = {"inputs_embeds": words}
+        given = {"inputs_embeds": words, **more}
         if not self.packed.windowed:
             given["position_ids"] = positions
         if getattr(self.embeddings, "token_type_embeddings", None) is not None:
@@ -163,13 +180,14 @@ class PackedEncoder(nn.Module):
         hidden = self.embeddings(input_ids=ids, **given)
         return (hidden if self.projection is None else self.projection(hidden)).float()
 
-    def _check_length(self, length: int) -> None:
+    def _check_length(self, length: int, by_columns: bool) -> None:
+        """by_columns: padding counts, too, even where positions count words (csrc knows those)."""
         known = self.packed.embeddings
         if length == 0:
             raise UserError("input_ids: texts of 0 tokens; keep at least one, such as [CLS]")
         most = getattr(self.config, "max_position_embeddings", length)
         if known is not None and known.by_words is not None:
-            most -= known.by_words + 1
+            most = most - known.by_words - 1 if by_columns else length
         if length > most:
             raise UserError(
                 f"input_ids: {length} tokens, the model has {most} positions; truncate the text"

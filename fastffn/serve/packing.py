@@ -18,6 +18,7 @@ from ..expr import Gene
 from ..expr.genes import Z1, Z2, ZG, X
 from ..layers import FFN
 from ..layers.ffn import is_plain
+from ..models import seams
 from ..models.architectures import ALL, Encoder
 from ..models.pieces import find
 from ..ops import backend
@@ -25,6 +26,7 @@ from ..ops.ffn_plan import Segment, plan
 
 _SOURCES = {Z1: 0, ZG: 1, X: 2, Z2: 3}  # csrc/encoder.h
 _NONE = (None, [])
+_KNOWN = ("transformers.", "fastffn.", "torch.nn.")  # whose forwards and hooks are known
 
 
 class NotPackable(UserError):
@@ -105,10 +107,11 @@ class Packed:
         self.windowed = self._rotations is not None
         for layer in range(len(layers.layers)):
             self._add_layer(layers, layer)
+        _check_is_own(base)
         for layer in _repeated(base, len(layers.layers)):
             self.encoder.repeat_layer(layer)
         if block.pre_norm:
-            self.encoder.set_last_norm(self._norm(_last_norm(base)))
+            self.encoder.set_last_norm(self._norm(_last_norm(base), self.hidden))
         self._keep.clear()  # weights are packed
         self.embeddings = embeddings_of(base)
         if self.embeddings is not None:
@@ -127,17 +130,20 @@ class Packed:
         block = layers.attention_block(layer)
         if block.bias is not None and not (self.relative or self._rotations):
             raise NotPackable(block.bias)
-        cosines = sines = places = window = 0
+        if block.heads != layers.attention_block(0).heads:
+            raise NotPackable("its layers have different numbers of heads")
+        cosines = sines = places = 0
+        window = -1
         if self._rotations is not None:
             *tables, window = self._rotations(layer)
             cosines, sines = (x.data_ptr() for x in tables)
             places = len(tables[0])
         one = (block.query, block.key, block.value) if block.packed is None else (block.packed,)
         self.encoder.add_layer(
-            self._linears(one, 3),
-            *self._linears((block.output,), 1),
+            self._linears(one, 3, self.hidden, self.hidden),
+            *self._linears((block.output,), 1, self.hidden, self.hidden),
             block.scale,
-            None if block.norm is None else self._norm(block.norm),
+            None if block.norm is None else self._norm(block.norm, self.hidden),
             [self._unit(unit) for unit in _units(layers, layer)],
             cosines,
             sines,
@@ -147,28 +153,36 @@ class Packed:
 
     def _unit(self, block: _Block):
         parts = plan(block.text)
-        first = self._linears(block.first, 2 if parts.gated else 1)
-        segments = (_segment(x) for x in (parts.prologue, parts.middle, parts.epilogue))
         width = block.down.in_features
-        return first, *self._linears((block.down,), 1), width, *segments, self._norm(block.norm)
+        first = self._linears(block.first, 2 if parts.gated else 1, width, self.hidden)
+        segments = (_segment(x) for x in (parts.prologue, parts.middle, parts.epilogue))
+        second = self._linears((block.down,), 1, self.hidden, width)
+        return first, *second, width, *segments, self._norm(block.norm, self.hidden)
 
-    def _linears(self, modules: Sequence[nn.Linear], count: int) -> list[tuple[int, int, int]]:
+    def _linears(
+        self, modules: Sequence[nn.Linear], count: int, outputs: int, inputs: int
+    ) -> list[tuple[int, int, int]]:
         """So many products of modules that hold one each, or of one module that holds all."""
         found = []
         for module in modules:
             if not is_plain(module, nn.Linear):
                 raise NotPackable(f"a {type(module).__name__} stands where a plain nn.Linear was")
             weights = module.weight.chunk(count // len(modules))
-            biases = (
-                [None] * len(weights) if module.bias is None else module.bias.chunk(len(weights))
-            )
+            bias, parts = module.bias, len(weights)
+            biases = [None] * parts if bias is None else bias.chunk(parts)
             for weight, bias in zip(weights, biases, strict=True):
+                if tuple(weight.shape) != (outputs, inputs):
+                    raise NotPackable(
+                        f"a weight is {list(weight.shape)} where [{outputs}, {inputs}] is expected"
+                    )
                 found.append((self._address(weight), self._address(bias), len(weight)))
         return found
 
-    def _norm(self, norm: nn.LayerNorm | None) -> tuple[int, int, float]:
+    def _norm(self, norm: nn.LayerNorm | None, width: int) -> tuple[int, int, float]:
         if norm is None or not is_plain(norm, nn.LayerNorm):
             raise NotPackable(f"a {type(norm).__name__} stands where a plain nn.LayerNorm was")
+        if norm.normalized_shape != (width,):
+            raise NotPackable(f"a norm is of {norm.normalized_shape} where {width} is expected")
         return self._address(norm.weight), self._address(norm.bias), norm.eps
 
     def _address(self, tensor: Tensor | None) -> int:
@@ -181,17 +195,30 @@ class Packed:
 
     def _set_embeddings(self, given: Embeddings) -> None:
         words, positions, segments = given.words, given.positions, given.segments
+        taken = words.shape[1] * (3 if given.trigram else 1)
+        width = words.shape[1] if given.before is None else given.before.out_features
+        before, after = (
+            None if module is None else self._linears((module,), 1, *shape)[0]
+            for module, shape in (
+                (given.before, (width, taken)),
+                (given.after, (self.hidden, width)),
+            )
+        )
+        if (width if given.after is None else self.hidden) != self.hidden:
+            raise NotPackable("its embeddings are of another width than the hidden states")
+        if any(x is not None and x.shape[1] != width for x in (positions, segments)):
+            raise NotPackable("its embeddings are of different widths")
         self.encoder.set_embeddings(
             self._address(words),
             *words.shape,
             given.trigram,
-            None if given.before is None else self._linears((given.before,), 1)[0],
+            before,
             self._address(positions),
             0 if positions is None else len(positions),
             self._address(segments),
             0 if segments is None else len(segments),
-            self._norm(given.norm),
-            None if given.after is None else self._linears((given.after,), 1)[0],
+            self._norm(given.norm, width),
+            after,
         )
 
     def run(
@@ -224,8 +251,27 @@ class Packed:
         threads = torch.get_num_threads()
         try:
             self.encoder.run(*inputs, texts, threads, address(bias), longest)
+        except ValueError as error:  # the instruction set was changed since
+            raise UserError(f"{error}; optimise the model again") from None
         except IndexError as error:
             raise UserError(f"input: {error}; does the tokenizer belong to the model?") from None
+
+
+def _check_is_own(base: nn.Module) -> None:
+    """Raises NotPackable where csrc would not do what a module's own code or hook does. The pooler
+    stays as it is."""
+    pooler = getattr(base, "pooler", None)
+    kept = set() if pooler is None else set(pooler.modules())
+    for name, module in base.named_modules():
+        if module in kept:
+            continue
+        kind = module.original if isinstance(module, seams.Patched) else type(module)
+        if not kind.forward.__module__.startswith(_KNOWN) or "forward" in module.__dict__:
+            raise NotPackable(f"{name or 'it'} has a forward of its own ({kind.__name__})")
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers' own record hidden states, which are refused when they are asked for
+        if any(not getattr(hook, "__module__", "").startswith(_KNOWN) for hook in hooks):
+            raise NotPackable(f"{name or 'it'} has hooks, which would not be called")
 
 
 def _segment(segment: Segment | None):
@@ -273,9 +319,9 @@ class _Rotations:
             self._tables[kind] = [x[0, :, : x.shape[-1] // 2].contiguous() for x in both]
 
     def __call__(self, layer: int) -> tuple[Tensor, Tensor, int]:
-        """cosines and sines [positions, head size / 2], and the window, 0 for none."""
+        """cosines and sines [positions, head size / 2], and the window, -1 for none."""
         kind = self._kinds[layer]
-        window = self._config.sliding_window if kind == "sliding_attention" else 0
+        window = self._config.sliding_window if kind == "sliding_attention" else -1
         return *self._tables[kind], window
 
 
