@@ -154,6 +154,7 @@ class PackedEncoder(nn.Module):
             return hidden
         if positions is None and known.by_words is not None:
             real = ids.ne(known.by_words)
+            self._check_length(max([1, *real.sum(1).tolist()]), True)
             positions = real.cumsum(1) * real + known.by_words
         elif positions is None and rows.holed:
             positions = torch.arange(rows.shape[1])
