@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import pytest
 from patience import PATIENCE, wait_for
@@ -34,6 +37,27 @@ def test_a_worker_that_was_taken_for_dead_gives_no_second_result(tmp_path):
     os.kill(sleeper.pid, signal.SIGCONT)
     assert sleeper.wait(PATIENCE) == 0
     check(place, log, 8, {sleeper.pid})
+
+
+def test_a_trial_is_taken_by_one_worker(tmp_path, monkeypatch):
+    """Both have read that it waits before either says that it runs."""
+    import optuna
+
+    study = Study(SPACE, quality, tmp_path / "run")
+    study._queue.claim([SPACE.random(Random(0))])
+    backends = [Storage(tmp_path / "run")._database for _ in range(2)]
+    updatable = optuna.storages.RDBStorage.check_trial_is_updatable
+
+    def slowly(self, trial_id, state):
+        time.sleep(0.3)
+        return updatable(self, trial_id, state)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "check_trial_is_updatable", slowly)
+    (trial,) = study._study.get_trials(deepcopy=False)
+    running = optuna.trial.TrialState.RUNNING
+    with ThreadPoolExecutor(2) as pool:
+        taken = pool.map(lambda b: b.set_trial_state_values(trial._trial_id, running), backends)
+    assert sorted(taken) == [False, True]
 
 
 # -- joining a search

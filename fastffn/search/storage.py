@@ -6,6 +6,7 @@ from the living. SQLite serves the processes of one machine; for many machines t
 """
 
 import contextlib
+import fcntl
 import logging
 import sqlite3
 import time
@@ -20,6 +21,7 @@ from .claims import Claims, DatabaseClaims, MemoryClaims
 from .ledger import OWNER, TAKER
 
 FILE = "search.sqlite3"
+LOCK = ".lock"  # after a database file's name: held while a worker takes a trial
 SPACE = "fastffn.space"  # attribute of the studies that are ours: their space
 NOTE = "fastffn.note."  # attributes of a study that start so are its notes
 AGAIN = "~"  # in a study's name: search.fine~2 is the stage search.fine, begun a second time
@@ -269,9 +271,11 @@ def _patient(optuna):
                 super().record_heartbeat(trial_id)
 
         def set_trial_state_values(self, trial_id, state, values=None) -> bool:
-            if state == optuna.trial.TrialState.RUNNING:
-                self.set_trial_user_attr(trial_id, TAKER + liveness.signature(), True)
-            return super().set_trial_state_values(trial_id, state, values)
+            if state != optuna.trial.TrialState.RUNNING:
+                return super().set_trial_state_values(trial_id, state, values)
+            self.set_trial_user_attr(trial_id, TAKER + liveness.signature(), True)
+            with _one_at_a_time(self.engine.url):
+                return super().set_trial_state_values(trial_id, state, values)
 
         def _get_stale_trial_ids(self, study_id: int) -> list[int]:
             stale = super()._get_stale_trial_ids(study_id)
@@ -281,6 +285,20 @@ def _patient(optuna):
             return [number for number in stale if number not in busy]
 
     return PatientStorage
+
+
+@contextlib.contextmanager
+def _one_at_a_time(url) -> Iterator[None]:
+    """Lets one process of this machine in, where the database is a file. Optuna reads a trial's
+    state for update and then sets it; SQLite knows no such reading, so that two workers would both
+    have taken the trial. The lock is a file of its own, since closing the database's would end
+    SQLite's locks, and it ends with its process."""
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        yield
+        return
+    with open(f"{url.database}{LOCK}", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _reason(error: Exception) -> str:
