@@ -64,7 +64,7 @@ from fastffn.search.supernets import Supernets
 
 Progress = Callable[[str, float, float, str], None]
 
-_CONTENTS = ("supernets", "search.sqlite3", "search.sqlite3.lock", "pictures", "recipe.yaml")
+_CONTENTS = ("supernets", "search.sqlite3", "search.sqlite3-lock", "pictures", "recipe.yaml")
 _CONTENTS += ("report.json", "genes.yaml", "config.json", "student.yaml", "compare.json")
 _BEGUN = "candidates"  # the phase that is finished when the first candidate is judged
 _SHOWN = 3  # of differing options

@@ -21,7 +21,7 @@ from .claims import Claims, DatabaseClaims, MemoryClaims
 from .ledger import OWNER, TAKER
 
 FILE = "search.sqlite3"
-LOCK = ".lock"  # after a database file's name: held while a worker takes a trial
+LOCK = "-lock"  # after a database file's name: held while a worker takes a trial
 SPACE = "fastffn.space"  # attribute of the studies that are ours: their space
 NOTE = "fastffn.note."  # attributes of a study that start so are its notes
 AGAIN = "~"  # in a study's name: search.fine~2 is the stage search.fine, begun a second time
